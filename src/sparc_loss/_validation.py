@@ -1,0 +1,81 @@
+"""Checks of what callers hand in: each raises one error naming the argument, what was found and what was expected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} is {value!r}; expected one of {expected}")
+
+
+def check_number(name: str, value: float, minimum: float, maximum: float = float("inf")) -> None:
+    """Raise TypeError unless `value` is a real number, ValueError unless it lies in [minimum, maximum]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a number")
+    if not minimum <= value <= maximum:
+        expected = f"at least {minimum}" if maximum == float("inf") else f"between {minimum} and {maximum}"
+        raise ValueError(f"{name} is {value}; expected a number {expected}")
+
+
+def check_features(shapes: str, **features: Tensor) -> None:
+    """Check floating-point tensors against `shapes`, one comma-separated symbolic shape per tensor.
+
+    `check_features("b p d, b l d", patch_features=v, token_features=t)` demands two tensors of rank 3 whose
+    first and last sizes agree, on one device.
+
+    Raises:
+        TypeError: a value is not a tensor of a floating-point dtype.
+        ValueError: a tensor has another rank, a size that disagrees, or stands on another device.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    first_name, first_device = None, None
+    for (name, tensor), shape in zip(features.items(), shapes.split(","), strict=True):
+        axes = shape.split()
+        expected = "[" + ", ".join(axis.upper() for axis in axes) + "]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor {expected}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point tensor {expected}")
+        _check_shape(name, tensor, axes, sizes)
+        if first_device is None:
+            first_name, first_device = name, tensor.device
+        elif tensor.device != first_device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first_name} on {first_device}; expected one device"
+            )
+
+
+def check_mask(name: str, mask: Tensor, shape: Sequence[int], axes: str, device: torch.device) -> None:
+    """Check a boolean mask: `axes` spells `shape` in letters for the message.
+
+    Raises:
+        TypeError: it is not a tensor, or its dtype is not torch.bool.
+        ValueError: it has another shape or device.
+    """
+    expected = "[" + ", ".join(axes.upper().split()) + "] = " + str(list(shape))
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} is a {type(mask).__name__}; expected a bool tensor {expected}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} has dtype {mask.dtype}; expected torch.bool, True where it counts")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {list(mask.shape)}; expected {expected}")
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device} and the features on {device}; expected one device")
+
+
+def _check_shape(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str, tuple[int, str]]) -> None:
+    expected = "[" + ", ".join(axis.upper() for axis in axes) + "]"
+    if tensor.ndim != len(axes):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected rank {len(axes)}, {expected}")
+    for axis, size in zip(axes, tensor.shape, strict=True):
+        known_size, known_name = sizes.setdefault(axis, (size, name))
+        if size != known_size:
+            raise ValueError(
+                f"{name} has {axis.upper()} = {size} in shape {list(tensor.shape)}, "
+                f"{known_name} has {axis.upper()} = {known_size}; expected the same"
+            )

@@ -1,0 +1,137 @@
+"""`surface_embeddings`: any open_clip model also returns patch and token embeddings while it trains.
+
+The model stays the same object with the same parameters and state_dict; only its class is swapped for a subclass that
+knows how. So checkpoints load in plain open_clip and the other way round, and whatever looks at the model (clamping
+logit_scale, locking towers, gradient checkpointing, isinstance) finds what it expects.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from open_clip import CLIP, CustomTextCLIP
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparc_loss.embeddings.text import check_text_tower, encode_pooled_and_tokens
+from sparc_loss.embeddings.token_mask import Tokens, check_tokens, token_conventions
+from sparc_loss.embeddings.vision import check_vision_tower, encode_pooled_and_patches, patch_grid
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Surfaced:
+    """What a surfaced model does beyond its open_clip class; mixed in before that class."""
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+        """In training mode, open_clip's output dictionary with three more entries; else open_clip's own forward.
+
+        Args:
+            image: [B, 3, H, W].
+            text: token ids [B, L].
+
+        Returns:
+            In training mode, given both: image_features and text_features [B, D], L2-normalised; logit_scale, and
+            logit_bias if the model has one; patch_features [B, P, D] and token_features [B, L, D], not normalised;
+            token_mask bool [B, L].
+        """
+        if not self.training or image is None or text is None:
+            return super().forward(image, text)
+        image_features, patch_features = encode_pooled_and_patches(self.visual, image)
+        text_features, token_features = encode_pooled_and_tokens(self, text)
+        output = {
+            "image_features": F.normalize(image_features, dim=-1),
+            "text_features": F.normalize(text_features, dim=-1),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            output["logit_bias"] = self.logit_bias
+        output["patch_features"] = patch_features
+        output["token_features"] = token_features
+        output["token_mask"] = self._token_conventions.mask(text, self._tokens)
+        return output
+
+    def encode_patches(self, images: Tensor, normalize: bool = False) -> tuple[Tensor, tuple[int, int]]:
+        """Patch embeddings [B, P, D] of images [B, 3, H, W], row by row, and the grid's (height, width).
+
+        In any mode. With patch dropout, in training mode, P is what is left of height * width.
+        """
+        _, patches = encode_pooled_and_patches(self.visual, images)
+        return F.normalize(patches, dim=-1) if normalize else patches, patch_grid(self.visual, images)
+
+    def encode_tokens(self, texts: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
+        """Token embeddings [B, L, D] of token ids [B, L], and the mask bool [B, L] of those that count; in any mode."""
+        _, tokens = encode_pooled_and_tokens(self, texts)
+        mask = self._token_conventions.mask(texts, self._tokens)
+        return F.normalize(tokens, dim=-1) if normalize else tokens, mask
+
+
+class SurfacedCLIP(Surfaced, CLIP):
+    """open_clip's CLIP with its patch and token embeddings surfaced."""
+
+
+class SurfacedCustomTextCLIP(Surfaced, CustomTextCLIP):
+    """open_clip's CustomTextCLIP with its patch and token embeddings surfaced."""
+
+
+SURFACED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    CLIP: SurfacedCLIP,
+    CustomTextCLIP: SurfacedCustomTextCLIP,
+}
+
+
+def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -> Model:
+    """Make an open_clip model return patch and token embeddings in training mode, and give it two encoders.
+
+    Call it before DistributedDataParallel or torch.compile. Calling it again only takes the new tokenizer and tokens;
+    `restore` undoes it. It also sets `model.output_dict`, so that the model returns dictionaries in both modes.
+
+    Args:
+        model: an open_clip CLIP or CustomTextCLIP.
+        tokenizer: the model's own, from `open_clip.get_tokenizer`; tells words from padding.
+        tokens: the positions for which `token_mask` is True: "words" (no start, end or padding) or "all" (no padding).
+
+    Returns:
+        The model: the same object, with `encode_patches` and `encode_tokens`.
+
+    Raises:
+        TypeError: a model, tower or tokenizer that is not known, by name; a TorchScript, compiled or wrapped model.
+        ValueError: unknown `tokens`.
+    """
+    check_tokens(tokens)
+    conventions = token_conventions(tokenizer)
+    if not isinstance(model, Surfaced):
+        _check_model(model)
+        model._unsurfaced_output_dict = model.output_dict
+        model.__class__ = SURFACED_CLASSES[type(model)]
+    model.output_dict = True
+    model._token_conventions = conventions
+    model._tokens = tokens
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `surface_embeddings`: the model's own class and `output_dict` again. A plain model is left alone."""
+    if isinstance(model, Surfaced):
+        model.__class__ = next(plain for plain, surfaced in SURFACED_CLASSES.items() if type(model) is surfaced)
+        model.output_dict = model._unsurfaced_output_dict
+        del model._unsurfaced_output_dict, model._token_conventions, model._tokens
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model is a {name}, compiled by TorchScript, whose class cannot be swapped; expected an open_clip model "
+            "created without jit (open_clip_train: without --torchscript and --trace)"
+        )
+    if type(model) not in SURFACED_CLASSES:
+        hint = "; surface the model before it is wrapped" if _holds_open_clip_model(model) else ""
+        raise TypeError(f"model is a {name}; expected open_clip's CLIP or CustomTextCLIP{hint}")
+    check_vision_tower(model.visual)
+    check_text_tower(model)
+
+
+def _holds_open_clip_model(model: nn.Module) -> bool:
+    children = model.children() if isinstance(model, nn.Module) else ()
+    return any(isinstance(child, (Surfaced, *SURFACED_CLASSES)) for child in children)
