@@ -45,9 +45,7 @@ def check_features(shapes: str, **features: Tensor) -> None:
         if first_device is None:
             first_name, first_device = name, tensor.device
         elif tensor.device != first_device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and {first_name} on {first_device}; expected one device"
-            )
+            raise ValueError(f"{name} is on {tensor.device} and {first_name} on {first_device}; expected one device")
 
 
 def check_mask(name: str, mask: Tensor, shape: Sequence[int], axes: str, device: torch.device) -> None:

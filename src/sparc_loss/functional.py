@@ -253,4 +253,3 @@ def _einsum(left: Tensor, right: Tensor, pattern: str) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     with torch.autocast(left.device.type, enabled=False):
         return einsum(left.to(dtype), right.to(dtype), pattern)
-

@@ -59,7 +59,10 @@ class Surfaced:
         return F.normalize(patches, dim=-1) if normalize else patches, patch_grid(self.visual, images)
 
     def encode_tokens(self, texts: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
-        """Token embeddings [B, L, D] of token ids [B, L], and the mask bool [B, L] of those that count; in any mode."""
+        """Token embeddings [B, L, D] of token ids [B, L], and the mask, bool [B, L], of those that count.
+
+        In any mode.
+        """
         _, tokens = encode_pooled_and_tokens(self, texts)
         mask = self._token_conventions.mask(texts, self._tokens)
         return F.normalize(tokens, dim=-1) if normalize else tokens, mask

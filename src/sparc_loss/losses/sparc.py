@@ -116,7 +116,8 @@ class SparcLoss(nn.Module):
         """Loss of a batch; the arguments are what a model from `surface_embeddings` returns in training mode.
 
         Args:
-            image_features, text_features: [B, D], L2-normalised.
+            image_features: [B, D], L2-normalised.
+            text_features: [B, D], L2-normalised.
             logit_scale: 1/tau, one element (`model.logit_scale.exp()`).
             patch_features: [B, P, D], not normalised.
             token_features: [B, L, D], not normalised.

@@ -1,0 +1,113 @@
+"""Train with stock open_clip and any loss plug-in: `python -m sparc_loss.train --loss sparc <open_clip_train flags>`.
+
+With several processes: `torchrun --nproc_per_node 8 -- -m sparc_loss.train --loss sparc ...`.
+"""
+
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from sparc_loss.integration.plugin import (
+    BUILT_IN,
+    LossPlugin,
+    PluginError,
+    load_all_losses,
+    load_loss,
+    registered_losses,
+)
+from sparc_loss.integration.versions import UntestedVersionError, check_version
+
+PROG = "python -m sparc_loss.train"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run open_clip's training with the named loss and return its exit code (0 where it returns none).
+
+    Raises:
+        SystemExit: with code 2 and one line of error for bad arguments, a missing package or an untested open_clip.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False, usage=f"{PROG} [--loss NAME] ...")
+    try:
+        import open_clip
+
+        check_version(open_clip.__version__)
+        from open_clip_train.params import parse_args as open_clip_parse_args
+
+        from sparc_loss.integration.open_clip_3 import hooked
+    except ImportError as error:
+        parser.error(f"open_clip's training cannot be imported ({error}); pip install 'sparc-loss[train]'")
+    except UntestedVersionError as error:
+        parser.error(str(error))
+    plugin = _load_plugin(parser, argv)
+
+    def parse_args(argv: list[str]) -> Namespace:
+        loss_args, rest = parser.parse_known_args(argv)
+        args = open_clip_parse_args(rest)
+        vars(args).update(vars(loss_args))
+        _check_run(parser, args)
+        return args
+
+    if "-h" in argv or "--help" in argv:
+        for other in load_all_losses().values() if plugin is None else ():
+            other.add_arguments(parser)
+        print(parser.format_help(), "\nThe flags of open_clip_train:\n", sep="")
+        open_clip_parse_args(["--help"])  # exits
+
+    with hooked(parse_args, plugin) as open_clip_main:
+        return open_clip_main(argv) or 0
+
+
+def _load_plugin(parser: ArgumentParser, argv: list[str]) -> LossPlugin | None:
+    """Add `--loss` and the arguments of the loss it names to `parser`; None is open_clip's own loss."""
+    parser.add_argument(
+        "--loss",
+        default=BUILT_IN,
+        metavar="NAME",
+        help=f"{BUILT_IN} (open_clip's own, made from its other flags) or one that a package registers, here: "
+        f"{', '.join(sorted(registered_losses())) or 'none'} (default: %(default)s)",
+    )
+    name = parser.parse_known_args(argv)[0].loss
+    if name == BUILT_IN:
+        return None
+    try:
+        plugin = load_loss(name)
+    except PluginError as error:
+        logging.debug("", exc_info=error)
+        parser.error(f"argument --loss: {error}")
+    plugin.add_arguments(parser)
+    return plugin
+
+
+def _check_run(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse what open_clip would notice late, or not at all, before anything is written."""
+    from open_clip_train.distributed import world_info_from_env
+
+    _, rank, _ = world_info_from_env()
+    log = Path(args.logs, args.name or "", f"out-{rank}" if args.log_local else "out.log")
+    if args.name and rank == 0 and args.resume != "latest" and log.exists():
+        parser.error(
+            f"argument --name: {args.name!r} is a run already, in {log.parent}; "
+            "expected a new name, or --resume latest to go on with that run"
+        )
+    for flag, path in (("--train-data", args.train_data), ("--val-data", args.val_data)):
+        is_csv = args.dataset_type == "csv" or (args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv")))
+        if path and is_csv and not Path(path).is_file():
+            parser.error(f"argument {flag}: there is no file {path!r}; expected a CSV file")
+    if args.loss_dist_impl in registered_losses():
+        # `--los sparc` lands there: argparse takes an unambiguous abbreviation for the whole flag.
+        parser.error(
+            f"argument --loss-dist-impl: {args.loss_dist_impl!r} is a loss; expected --loss {args.loss_dist_impl}"
+        )
+    if args.loss != BUILT_IN:
+        for flag in ("torchscript", "trace"):
+            if getattr(args, flag):
+                parser.error(
+                    f"argument --{flag}: not with --loss {args.loss}; "
+                    "a TorchScript model cannot return what a loss plug-in asks of it"
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
