@@ -22,6 +22,7 @@ def hooked(
 
     Replaced in `open_clip_train.main`: parse_args, by the given function; create_model_and_transforms, whose first
     model (the second is the teacher of --distill) goes through `plugin.prepare_model`; create_loss, by the plug-in's.
+    An open_clip with the patch from patches/ calls the plug-in itself: there, only parse_args is replaced.
     Replaced in torch.nn.parallel: DistributedDataParallel, by a subclass that drops `device_ids` on the CPU, where
     open_clip passes some and torch refuses them.
 
@@ -43,7 +44,8 @@ def hooked(
         return parsed[0]
 
     names = {"parse_args": parse_and_keep}
-    if plugin is not None:
+    has_our_patch = hasattr(open_clip_main, "load_loss_plugin")
+    if plugin is not None and not has_our_patch:
         names["create_model_and_transforms"] = _preparing_first_model(
             open_clip_main.create_model_and_transforms, lambda model: plugin.prepare_model(model, parsed[0])
         )

@@ -1,0 +1,32 @@
+"""The console script `sparc-loss`."""
+
+import sys
+
+from sparc_loss import __version__
+
+USAGE = """usage: sparc-loss COMMAND ...
+
+commands:
+  train    train an open_clip model with a loss plug-in; the same as python -m sparc_loss.train
+
+sparc-loss train --help lists the flags. sparc-loss --version prints the version.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command named first in `argv`; returns its exit code (2 for an unknown command)."""
+    argv = sys.argv[1:] if argv is None else argv
+    match argv:
+        case ["train", *rest]:
+            from sparc_loss import train
+
+            return train.main(rest)
+        case ["--version"]:
+            print(f"sparc-loss {__version__}")
+            return 0
+        case ["-h" | "--help"]:
+            print(USAGE, end="")
+            return 0
+    found = f"unknown command {argv[0]!r}; expected train" if argv else "no command given; expected train"
+    print(f"{USAGE}\nsparc-loss: error: {found}", file=sys.stderr)
+    return 2

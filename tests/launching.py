@@ -1,0 +1,97 @@
+"""A tiny data set and model, and training runs on them as real processes."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+COLOURS = ("red", "green", "blue", "yellow")
+MODEL_CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+SPARC = ("-m", "sparc_loss.train", "--loss", "sparc")
+STOCK = ("-m", "open_clip_train.main")
+TIMEOUT = 300
+
+
+def write_tiny_data(folder: Path) -> None:
+    """32 training and 8 validation pairs as open_clip's CSV, and a local-dir model folder."""
+    generator = np.random.default_rng(0)
+    for split, size in (("train", 32), ("val", 8)):
+        with open(folder / f"{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t")
+            writer.writerow(["filepath", "title"])
+            for index in range(size):
+                path = folder / f"{split}{index}.png"
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+                writer.writerow([path, f"a {COLOURS[index % 4]} scene, number {index}!"])
+    (folder / "model").mkdir()
+    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": {}}
+    (folder / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    # The same model under a name, for open_clip.create_model(name, pretrained=path).
+    (folder / "tiny.json").write_text(json.dumps(MODEL_CONFIG))
+
+
+def data_flags(folder: Path, *, name: str, epochs: int = 1) -> list[str]:
+    """The flags of a run of 4 steps of 8 pairs an epoch on the CPU."""
+    flags = {
+        "model": f"local-dir:{folder / 'model'}",
+        "train-data": folder / "train.csv",
+        "batch-size": 8,
+        "workers": 0,
+        "warmup": 2,
+        "lr": 1e-3,
+        "device": "cpu",
+        "logs": folder / "logs",
+        "name": name,
+        "epochs": epochs,
+    }
+    return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+
+
+def run_python(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run this interpreter with the arguments; output and errors are in `stdout`. On time-out its children end too."""
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def train(folder: Path, *flags: str, name: str, epochs: int = 1, launcher=SPARC, env=None) -> str:
+    """Run a training to its end; returns its log, fails with it where the run fails."""
+    finished = run_python(*launcher, *data_flags(folder, name=name, epochs=epochs), *flags, env=env)
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout
+
+
+def logged_losses(log: str, term: str) -> list[float]:
+    """The values of a loss term, such as "Fine_grained_loss", in the order logged."""
+    return [float(value) for value in re.findall(rf" {term}: ([\d.e+-]+|nan|inf) \(", log)]
+
+
+def checkpoint(folder: Path, name: str, epoch: int = 1) -> dict:
+    """The checkpoint that a run wrote after an epoch."""
+    path = folder / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,357 @@
+"""SparcLoss: open_clip's global loss and the fine-grained one, weighted (Eq. 7)."""
+
+import re
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from sparc_loss import SparcLoss
+from sparc_loss.functional import fine_grained_loss
+
+B, P, L, D = 3, 6, 4, 5
+
+
+@pytest.fixture
+def outputs() -> dict[str, Tensor]:
+    """What a surfaced model returns in training mode, every tensor of it a leaf with a gradient."""
+    features = {
+        "image_features": F.normalize(torch.randn(B, D), dim=-1),
+        "text_features": F.normalize(torch.randn(B, D), dim=-1),
+        "logit_scale": torch.tensor(10.0),
+        "patch_features": torch.randn(B, P, D),
+        "token_features": torch.randn(B, L, D),
+    }
+    features = {name: feature.requires_grad_() for name, feature in features.items()}
+    return {**features, "token_mask": torch.arange(L) < torch.tensor([[4], [2], [0]])}
+
+
+def fine_grained(outputs: dict[str, Tensor], **options: object) -> Tensor:
+    arguments = {"logit_scale": outputs["logit_scale"], **options}
+    return fine_grained_loss(
+        outputs["patch_features"], outputs["token_features"], outputs["token_mask"], **arguments
+    )
+
+
+def contrastive(outputs: dict[str, Tensor]) -> Tensor:
+    return ClipLoss()(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
+
+
+# The two halves
+
+
+def test_golden_contrastive_and_fine_grained(golden: SimpleNamespace) -> None:
+    loss = SparcLoss(1, 1, golden.threshold, golden.method, golden.reduction)
+    terms = loss(
+        golden.image_features,
+        golden.text_features,
+        torch.tensor(golden.logit_scale, dtype=torch.float64),
+        golden.patch_features,
+        golden.token_features,
+        golden.token_mask,
+        output_dict=True,
+    )
+    assert terms["contrastive_loss"].item() == pytest.approx(golden.contrastive, rel=1e-9, abs=1e-9)
+    assert terms["fine_grained_loss"].item() == pytest.approx(golden.fine_grained, rel=1e-9, abs=1e-9)
+
+
+def test_is_the_weighted_sum_of_clip_loss_and_fine_grained_loss(outputs: dict[str, Tensor]) -> None:
+    terms = SparcLoss(global_weight=0.3, fine_grained_weight=2.0)(**outputs, output_dict=True)
+    assert set(terms) == {"contrastive_loss", "fine_grained_loss"}
+    assert_close(terms["contrastive_loss"], 0.3 * contrastive(outputs))
+    assert_close(terms["fine_grained_loss"], 2.0 * fine_grained(outputs))
+
+
+def test_default_weights_are_the_papers(outputs: dict[str, Tensor]) -> None:
+    assert_close(SparcLoss()(**outputs), 0.5 * contrastive(outputs) + fine_grained(outputs))
+
+
+def test_the_dictionary_sums_to_the_scalar(outputs: dict[str, Tensor]) -> None:
+    loss = SparcLoss()
+    total = loss(**outputs)
+    assert total.shape == ()
+    assert torch.equal(sum(loss(**outputs, output_dict=True).values()), total)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 0.7},
+        {"alignment": "dense"},
+        {"alignment": "softmax"},
+        {"reduction": "sample"},
+    ],
+    ids=str,
+)
+def test_settings_reach_the_fine_grained_half(outputs: dict[str, Tensor], options: dict) -> None:
+    term = SparcLoss(**options)(**outputs, output_dict=True)["fine_grained_loss"]
+    assert torch.equal(term, fine_grained(outputs, **options))
+    assert not torch.equal(term, fine_grained(outputs))
+
+
+@pytest.mark.parametrize(("mask", "shape"), [("patch_mask", (B, P)), ("region_mask", (B, L, P))])
+def test_masks_reach_the_fine_grained_half(outputs: dict[str, Tensor], mask: str, shape: tuple[int, ...]) -> None:
+    masks = {mask: torch.rand(shape) < 0.5}
+    term = SparcLoss()(**outputs, **masks, output_dict=True)["fine_grained_loss"]
+    assert torch.equal(term, fine_grained(outputs, **masks))
+    assert not torch.equal(term, fine_grained(outputs))
+
+
+def test_a_fixed_fine_grained_scale_replaces_the_learned_one_in_that_half_only(outputs: dict[str, Tensor]) -> None:
+    terms = SparcLoss(fine_grained_scale=3.0)(**outputs, output_dict=True)
+    assert_close(terms["fine_grained_loss"], fine_grained(outputs, logit_scale=3.0))
+    assert_close(terms["contrastive_loss"], 0.5 * contrastive(outputs))
+
+
+def test_implementations_agree(outputs: dict[str, Tensor]) -> None:
+    assert_close(SparcLoss(implementation="auto")(**outputs), SparcLoss(implementation="eager")(**outputs))
+
+
+def test_float64_stays_float64(outputs: dict[str, Tensor]) -> None:
+    doubles = {name: value if value.dtype == torch.bool else value.double() for name, value in outputs.items()}
+    for weights in ((1, 1), (0, 1), (1, 0)):
+        assert SparcLoss(*weights)(**doubles).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_features_with_a_float32_scale(outputs: dict[str, Tensor], dtype: torch.dtype) -> None:
+    # What amp_bf16 and amp_fp16 make of a model: logit_scale is a parameter and stays float32.
+    low = {name: value.to(dtype) if "features" in name else value for name, value in outputs.items()}
+    terms = SparcLoss()(**low, output_dict=True)
+    assert terms["fine_grained_loss"].dtype == torch.float32
+    assert_close(terms["fine_grained_loss"], fine_grained(outputs), rtol=0.1, atol=0.1)
+
+
+def test_autocast_leaves_the_fine_grained_half_in_float32(outputs: dict[str, Tensor]) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        term = SparcLoss()(**outputs, output_dict=True)["fine_grained_loss"]
+    assert torch.equal(term, fine_grained(outputs))
+
+
+def test_a_logit_scale_of_shape_one_gives_a_scalar(outputs: dict[str, Tensor]) -> None:
+    # open_clip's nonscalar_logit_scale, and logit_bias with it.
+    bias = torch.tensor([-10.0], requires_grad=True)
+    reshaped = {**outputs, "logit_scale": outputs["logit_scale"].reshape(1), "logit_bias": bias}
+    for weights in ((0.5, 1), (0, 1), (1, 0)):
+        assert SparcLoss(*weights, fine_grained_scale=2.0)(**reshaped).shape == ()
+
+
+# A weight of zero
+
+
+def test_a_global_weight_of_zero_skips_the_global_loss(outputs: dict[str, Tensor]) -> None:
+    loss = SparcLoss(global_weight=0, global_loss=Refuses())
+    assert_close(loss(**outputs), fine_grained(outputs))
+
+
+def test_a_fine_grained_weight_of_zero_skips_the_fine_grained_loss(outputs: dict[str, Tensor]) -> None:
+    loss = SparcLoss(fine_grained_weight=0, global_weight=1)
+    with mock.patch("sparc_loss.losses.sparc.fine_grained_loss", side_effect=AssertionError("called")):
+        total = loss(**outputs)
+    assert torch.equal(total, contrastive(outputs))
+
+
+@pytest.mark.parametrize("fine_grained_scale", [None, 3.0])
+@pytest.mark.parametrize("weights", [(0, 1), (0, 0)], ids=str)
+def test_without_the_global_half_its_inputs_still_get_a_gradient(
+    outputs: dict[str, Tensor], weights: tuple[float, float], fine_grained_scale: float | None
+) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter."""
+    logit_bias = torch.tensor(-10.0, requires_grad=True)
+    SparcLoss(*weights, fine_grained_scale=fine_grained_scale)(**outputs, logit_bias=logit_bias).backward()
+    assert (outputs["image_features"].grad == 0).all()
+    assert (outputs["text_features"].grad == 0).all()
+    assert logit_bias.grad == 0
+    assert outputs["logit_scale"].grad is not None
+
+
+def test_clip_loss_alone_has_clip_loss_gradients_bit_for_bit(outputs: dict[str, Tensor]) -> None:
+    names = ("image_features", "text_features", "logit_scale")
+    ours = torch.autograd.grad(SparcLoss(1, 0)(**outputs), [outputs[name] for name in names])
+    clips = torch.autograd.grad(contrastive(outputs), [outputs[name] for name in names])
+    assert all(torch.equal(*pair) for pair in zip(ours, clips, strict=True))
+
+
+def test_a_batch_without_tokens_trains_on_the_global_half(outputs: dict[str, Tensor]) -> None:
+    outputs["token_mask"] = torch.zeros(B, L, dtype=torch.bool)
+    total = SparcLoss()(**outputs)
+    total.backward()
+    assert_close(total, 0.5 * contrastive(outputs))
+    assert (outputs["patch_features"].grad == 0).all()
+
+
+# Other global losses
+
+
+def test_sig_lip_loss_gets_the_logit_bias(outputs: dict[str, Tensor]) -> None:
+    bias = torch.tensor(-10.0)
+    terms = SparcLoss(global_loss=SigLipLoss())(**outputs, logit_bias=bias, output_dict=True)
+    expected = SigLipLoss()(outputs["image_features"], outputs["text_features"], outputs["logit_scale"], bias)
+    assert_close(terms["contrastive_loss"], 0.5 * expected)
+
+
+def test_coca_loss_gets_the_models_further_outputs_and_its_caption_loss_stays_unweighted(
+    outputs: dict[str, Tensor],
+) -> None:
+    coca = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+    captioning = {"logits": torch.randn(B, 7, 11), "labels": torch.randint(1, 11, (B, 7))}
+    terms = SparcLoss(global_weight=0.5, global_loss=coca)(**outputs, **captioning, output_dict=True)
+    plain = {name: outputs[name] for name in ("image_features", "text_features", "logit_scale")}
+    expected = coca(**plain, **captioning, output_dict=True)
+    assert list(terms) == ["contrastive_loss", "caption_loss", "fine_grained_loss"]
+    assert_close(terms["contrastive_loss"], 0.5 * expected["contrastive_loss"])
+    assert torch.equal(terms["caption_loss"], expected["caption_loss"])
+
+
+def test_distill_clip_loss_gets_the_teachers_outputs_and_its_distill_loss_stays_unweighted(
+    outputs: dict[str, Tensor],
+) -> None:
+    teacher = {
+        "dist_image_features": F.normalize(torch.randn(B, D), dim=-1),
+        "dist_text_features": F.normalize(torch.randn(B, D), dim=-1),
+        "dist_logit_scale": torch.tensor(20.0),
+    }
+    terms = SparcLoss(global_weight=0.5, global_loss=DistillClipLoss())(**outputs, **teacher, output_dict=True)
+    plain = {name: outputs[name] for name in ("image_features", "text_features", "logit_scale")}
+    expected = DistillClipLoss()(**plain, **teacher, output_dict=True)
+    assert_close(terms["contrastive_loss"], 0.5 * expected["contrastive_loss"])
+    assert torch.equal(terms["distill_loss"], expected["distill_loss"])
+
+
+def test_a_global_weight_of_zero_keeps_the_other_terms_of_the_global_loss(outputs: dict[str, Tensor]) -> None:
+    coca = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+    captioning = {"logits": torch.randn(B, 7, 11), "labels": torch.randint(1, 11, (B, 7))}
+    terms = SparcLoss(global_weight=0, global_loss=coca)(**outputs, **captioning, output_dict=True)
+    assert terms["contrastive_loss"] == 0
+    assert terms["caption_loss"] > 0
+
+
+def test_clip_loss_arguments_reach_clip_loss() -> None:
+    loss = SparcLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=1, world_size=2).global_loss
+    assert isinstance(loss, ClipLoss)
+    assert (loss.local_loss, loss.gather_with_grad, loss.cache_labels, loss.rank, loss.world_size) == (
+        True,
+        True,
+        True,
+        1,
+        2,
+    )
+
+
+def test_clip_loss_is_not_made_when_another_is_given() -> None:
+    with mock.patch.dict(sys.modules, {"open_clip.loss": None}):
+        SparcLoss(global_loss=Refuses())
+
+
+# As a module
+
+
+def test_has_no_parameters_and_no_state() -> None:
+    loss = SparcLoss()
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+
+
+def test_prints_its_settings() -> None:
+    assert "global_weight=0.5, fine_grained_weight=1.0, threshold=None, alignment='dense'" in repr(
+        SparcLoss(alignment="dense")
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sample"}, {"alignment": "softmax"}], ids=str)
+def test_compiles_without_a_graph_break(outputs: dict[str, Tensor], options: dict) -> None:
+    torch.compiler.reset()
+    loss = SparcLoss(**options)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    assert_close(compiled(**outputs), loss(**outputs))
+
+
+# Bad settings
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"global_weight": -1}, ValueError, "global_weight is -1; expected a number at least 0"),
+        ({"global_weight": "1"}, TypeError, "global_weight is '1' (str); expected a number"),
+        ({"fine_grained_weight": -0.5}, ValueError, "fine_grained_weight is -0.5; expected a number at least 0"),
+        ({"fine_grained_weight": float("nan")}, ValueError, "fine_grained_weight is nan; expected a number at least"),
+        ({"threshold": 2}, ValueError, "threshold is 2; expected a number between 0 and 1"),
+        ({"threshold": "auto"}, TypeError, "threshold is 'auto' (str); expected a number"),
+        ({"alignment": "hard"}, ValueError, "alignment is 'hard'; expected one of 'sparse', 'dense', 'softmax'"),
+        ({"reduction": "sum"}, ValueError, "reduction is 'sum'; expected one of 'token', 'sample'"),
+        ({"fine_grained_scale": 0}, ValueError, "fine_grained_scale is 0; expected a number above 0"),
+        ({"fine_grained_scale": -1.0}, ValueError, "fine_grained_scale is -1.0; expected a number"),
+        ({"implementation": "cuda"}, ValueError, "implementation is 'cuda'; expected one of 'auto', 'eager'"),
+        ({"world_size": 4}, ValueError, "gather_with_grad is False with world_size 4; expected True"),
+        (
+            {"world_size": 2, "gather_with_grad": True, "global_loss": ClipLoss(world_size=2)},
+            ValueError,
+            "gather_with_grad is False with world_size 2; expected True",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_by_name(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        SparcLoss(**options)
+
+
+def test_the_refusal_of_world_size_gives_the_reason() -> None:
+    with pytest.raises(ValueError, match="its ratio to the fine-grained one changes with the number of processes"):
+        SparcLoss(world_size=2, local_loss=True)
+
+
+# Bad batches
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("image_features", lambda t: t[None], ValueError, "image_features has shape [1, 3, 5]; expected rank 2"),
+        ("image_features", lambda t: t.long(), TypeError, "image_features has dtype torch.int64; expected a floating"),
+        ("text_features", lambda t: t[:2], ValueError, "text_features has B = 2 in shape [2, 5], image_features has B"),
+        ("text_features", lambda t: t[:, :2], ValueError, "text_features has C = 2 in shape [3, 2], image_features ha"),
+        ("patch_features", lambda t: t[0], ValueError, "patch_features has shape [6, 5]; expected rank 3, [B, P, D]"),
+        ("patch_features", lambda t: t[:2], ValueError, "patch_features has B = 2 in shape [2, 6, 5], image_features"),
+        ("patch_features", lambda t: t.int(), TypeError, "patch_features has dtype torch.int32; expected a floating"),
+        ("patch_features", lambda t: t.to("meta"), ValueError, "patch_features is on meta and image_features on cpu"),
+        ("token_features", lambda t: t[:, 0], ValueError, "token_features has shape [3, 5]; expected rank 3, [B, L, D"),
+        ("token_features", lambda t: t[..., 1:], ValueError, "token_features has D = 4 in shape [3, 4, 4], patch_feat"),
+        ("token_mask", lambda t: t.int(), TypeError, "token_mask has dtype torch.int32; expected torch.bool"),
+        ("token_mask", lambda t: t[:, 1:], ValueError, "token_mask has shape [3, 3]; expected [B, L] = [3, 4]"),
+        ("token_mask", lambda t: t.to("meta"), ValueError, "token_mask is on meta and the features on cpu"),
+    ],
+)
+def test_bad_batches_are_refused_by_name(
+    outputs: dict[str, Tensor], name: str, change: object, error: type[Exception], message: str
+) -> None:
+    outputs[name] = change(outputs[name].detach())
+    with pytest.raises(error, match=re.escape(message)):
+        SparcLoss()(**outputs)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"patch_mask": torch.ones(B, P + 1, dtype=torch.bool)}, "patch_mask has shape [3, 7]; expected [B, P] = [3, 6"),
+        ({"region_mask": torch.ones(B, P, L, dtype=torch.bool)}, "region_mask has shape [3, 6, 4]; expected [B, L, P]"),
+    ],
+    ids=["patch_mask", "region_mask"],
+)
+def test_masks_of_another_shape_are_refused_by_name(outputs: dict[str, Tensor], masks: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SparcLoss()(**outputs, **masks)
+
+
+class Refuses(nn.Module):
+    """A global loss that must not be called."""
+
+    def forward(self, **_: object) -> None:
+        raise AssertionError("called")

@@ -1,0 +1,98 @@
+"""The objective once more, slowly: loops, one token and one patch at a time, in Python's own float64.
+
+Written from the paper's equations, sharing no line with the library; the library is held against it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Vector = Sequence[float]
+
+
+def dot(left: Vector, right: Vector) -> float:
+    return math.fsum(x * y for x, y in zip(left, right, strict=True))
+
+
+def cosine(left: Vector, right: Vector) -> float:
+    norms = math.sqrt(dot(left, left)) * math.sqrt(dot(right, right))
+    return dot(left, right) / norms if norms > 0 else 0.0
+
+
+def token_weights(token: Vector, patches: Sequence[Vector], threshold: float | None, method: str) -> list[float]:
+    """Eqs. 2 to 4 for one token and the patches it may use."""
+    similarity = [dot(token, patch) for patch in patches]
+    lowest, highest = min(similarity), max(similarity)
+    if method == "softmax":
+        scores = [math.exp(s - highest) for s in similarity]
+    elif highest == lowest:
+        scores = [1.0 for _ in similarity]
+    else:
+        scores = [(s - lowest) / (highest - lowest) for s in similarity]
+        if method == "sparse":
+            sigma = 1 / len(patches) if threshold is None else threshold
+            scores = [score if score >= sigma else 0.0 for score in scores]
+    return [score / sum(scores) for score in scores]
+
+
+def caption_loss(grouped: Sequence[Vector], tokens: Sequence[Vector], logit_scale: float) -> list[float]:
+    """Eq. 6 before any mean: one term for each token of one caption."""
+
+    def log_sum_exp(logits: list[float]) -> float:
+        highest = max(logits)
+        return highest + math.log(math.fsum(math.exp(logit - highest) for logit in logits))
+
+    terms = []
+    for j in range(len(tokens)):
+        match = logit_scale * cosine(grouped[j], tokens[j])
+        over_tokens = [logit_scale * cosine(grouped[j], token) for token in tokens]
+        over_groups = [logit_scale * cosine(group, tokens[j]) for group in grouped]
+        terms.append(((log_sum_exp(over_tokens) - match) + (log_sum_exp(over_groups) - match)) / 2)
+    return terms
+
+
+@dataclass
+class Reference:
+    alignment: np.ndarray  # [B, L, P]
+    loss: float
+
+
+def fine_grained(
+    patch_features: np.ndarray,
+    token_features: np.ndarray,
+    token_mask: np.ndarray,
+    logit_scale: float,
+    threshold: float | None = None,
+    alignment: str = "sparse",
+    reduction: str = "token",
+    patch_mask: np.ndarray | None = None,
+    region_mask: np.ndarray | None = None,
+) -> Reference:
+    """Eqs. 2 to 6, and the alignment of every token, masked ones too."""
+    (batch, length, dim), patches = token_features.shape, patch_features.shape[1]
+    weights = np.zeros((batch, length, patches))
+    captions: list[list[float]] = []
+    for b in range(batch):
+        grouped, tokens = [], []
+        for j in range(length):
+            usable = [
+                p
+                for p in range(patches)
+                if (patch_mask is None or patch_mask[b, p]) and (region_mask is None or region_mask[b, j, p])
+            ]
+            if not usable:
+                continue
+            token = token_features[b, j].tolist()
+            own = [patch_features[b, p].tolist() for p in usable]
+            weights[b, j, usable] = token_weights(token, own, threshold, alignment)
+            if token_mask[b, j]:
+                tokens.append(token)
+                grouped.append([dot(weights[b, j, usable], [patch[d] for patch in own]) for d in range(dim)])
+        captions.append(caption_loss(grouped, tokens, logit_scale))
+
+    if reduction == "token":
+        terms = [term for caption in captions for term in caption]
+        return Reference(weights, sum(terms) / max(len(terms), 1))
+    return Reference(weights, sum(sum(caption) / max(len(caption), 1) for caption in captions) / batch)

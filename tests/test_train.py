@@ -1,0 +1,205 @@
+"""`python -m sparc_loss.train`, as real processes on the CPU."""
+
+import math
+
+import pytest
+import torch
+from launching import SPARC, STOCK, checkpoint, data_flags, logged_losses, run_python, train, write_tiny_data
+
+LAUNCHER = ("-m", "sparc_loss.train")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    write_tiny_data(folder)
+    return folder
+
+
+def assert_trained(log: str) -> None:
+    for term in ("Contrastive_loss", "Fine_grained_loss"):
+        losses = logged_losses(log, term)
+        assert losses, log
+        assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert differing == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--precision", "fp32"),
+        ("--precision", "amp_bf16"),
+        ("--accum-freq", "2"),
+        ("--siglip",),
+        ("--grad-checkpointing",),
+        ("--torchcompile",),
+        ("--lock-image",),
+        ("--force-custom-text",),
+        ("--force-patch-dropout", "0.5"),
+        ("--sparc-alignment", "softmax", "--sparc-reduction", "sample", "--sparc-tokens", "all"),
+        ("--sparc-threshold", "0.5", "--sparc-scale", "10"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_trains(folder, flags):
+    assert_trained(train(folder, *flags, name="-".join(flags).replace("--", "")))
+
+
+def test_validation_data_is_evaluated_by_the_models_own_forward(folder):
+    log = train(folder, "--val-data", str(folder / "val.csv"), name="val")
+    assert "image_to_text_R@1" in log
+
+
+def test_distills_from_a_teacher(folder):
+    teacher = ("--distill-model", f"local-dir:{folder / 'model'}", "--distill-pretrained", "ignored")
+    log = train(folder, *teacher, name="distill")
+    assert_trained(log)
+    assert logged_losses(log, "Distill_loss")
+
+
+def test_a_weight_of_zero_leaves_plain_clip_training_bit_for_bit(folder):
+    train(folder, name="stock", epochs=2, launcher=STOCK)
+    train(
+        folder, "--sparc-global-weight", "1", "--sparc-fine-grained-weight", "0", name="without-fine-grained", epochs=2
+    )
+    assert_same_weights(
+        checkpoint(folder, "stock", 2)["state_dict"], checkpoint(folder, "without-fine-grained", 2)["state_dict"]
+    )
+
+
+def test_loss_clip_is_stock_training_bit_for_bit(folder):
+    train(folder, name="stock-once", launcher=STOCK)
+    train(folder, "--loss", "clip", name="clip-once", launcher=LAUNCHER)
+    assert_same_weights(
+        checkpoint(folder, "stock-once")["state_dict"], checkpoint(folder, "clip-once")["state_dict"]
+    )
+
+
+def test_resume_latest_goes_on_as_if_never_interrupted(folder):
+    # A constant rate: open_clip's cosine would depend on --epochs.
+    constant = ("--lr-scheduler", "const", "--seed", "1")
+    train(folder, *constant, name="resumed", epochs=1)
+    log = train(folder, *constant, "--resume", "latest", name="resumed", epochs=2)
+    assert "resuming checkpoint" in log
+    assert checkpoint(folder, "resumed", 2)["epoch"] == 2
+    assert_trained(log)
+
+
+def test_a_plain_clip_checkpoint_resumes_under_sparc(folder):
+    train(folder, name="plain-first", epochs=1, launcher=STOCK)
+    log = train(folder, "--resume", "latest", name="plain-first", epochs=2)
+    assert "resuming checkpoint" in log
+    assert_trained(log)
+
+
+def test_the_checkpoint_loads_in_open_clip_without_sparc_loss(folder):
+    train(folder, name="portable")
+    path = folder / "logs" / "portable" / "checkpoints" / "epoch_1.pt"
+    finished = run_python(
+        "-c",
+        "import sys, torch, open_clip\n"
+        f"open_clip.add_model_config({str(folder / 'tiny.json')!r})\n"
+        f"model = open_clip.create_model('tiny', pretrained={str(path)!r})\n"
+        "assert 'sparc_loss' not in sys.modules\n"
+        f"saved = torch.load({str(path)!r}, weights_only=True)['state_dict']\n"
+        "assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())\n"
+        "print(type(model).__name__)",
+    )
+    assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.split()[-1] == "CLIP"
+
+
+@pytest.mark.parametrize("flags", [(), ("--siglip",), ("--accum-freq", "2")], ids=lambda flags: " ".join(flags) or "clip")
+def test_two_gloo_ranks_train_and_gather_with_gradient(folder, flags):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *SPARC)
+    log = train(folder, *flags, name="two-ranks-" + "-".join(flags).replace("--", ""), launcher=torchrun)
+    assert_trained(log)
+    assert log.count("turning on --local-loss --gather-with-grad") == 1
+
+
+def refusal(*arguments: str, launcher=SPARC, env=None) -> str:
+    """The last line of a run that must fail with argparse's exit code."""
+    finished = run_python(*launcher, *arguments, env=env)
+    assert finished.returncode == 2, finished.stdout
+    return finished.stdout.strip().splitlines()[-1]
+
+
+def test_a_used_name_is_refused_and_the_run_kept(folder):
+    train(folder, name="used")
+    before = sorted((folder / "logs" / "used").rglob("*"))
+    assert (
+        "argument --name: 'used' is a run already, in" in (line := refusal(*data_flags(folder, name="used")))
+        and "expected a new name, or --resume latest" in line
+    )
+    assert sorted((folder / "logs" / "used").rglob("*")) == before
+
+
+def test_a_missing_csv_is_refused_before_anything_is_written(folder):
+    line = refusal(*data_flags(folder, name="nothing"), "--train-data", "not/there.csv")
+    assert "argument --train-data: there is no file 'not/there.csv'; expected a CSV file" in line
+    assert not (folder / "logs" / "nothing").exists()
+
+
+@pytest.mark.parametrize("flag", ["torchscript", "trace"])
+def test_torchscript_is_refused_with_the_reason(folder, flag):
+    line = refusal(*data_flags(folder, name="scripted"), f"--{flag}")
+    assert f"argument --{flag}: not with --loss sparc; a TorchScript model cannot return" in line
+    assert not (folder / "logs" / "scripted").exists()
+
+
+def test_an_unknown_loss_answers_with_the_known_and_the_nearest():
+    line = refusal("--loss", "sprac", launcher=LAUNCHER)
+    assert "argument --loss: unknown loss 'sprac'; known: clip, sparc; did you mean 'sparc'?" in line
+
+
+def test_an_abbreviated_loss_flag_does_not_silently_train_clip(folder):
+    line = refusal(*data_flags(folder, name="abbreviated"), "--los", "sparc", launcher=LAUNCHER)
+    assert "argument --loss-dist-impl: 'sparc' is a loss; expected --loss sparc" in line
+
+
+def test_a_threshold_outside_0_to_1_is_refused():
+    assert "argument --sparc-threshold: '1.5' given; expected a number between 0 and 1" in refusal(
+        "--sparc-threshold", "1.5"
+    )
+
+
+def test_stock_open_clip_stops_at_a_flag_of_ours_instead_of_training_clip(folder):
+    # Without our patch it reads `--loss` as `--loss-dist-impl`: the flag beside it is what makes that loud.
+    flags = ("--loss", "sparc", "--sparc-fine-grained-weight", "1")
+    line = refusal(*data_flags(folder, name="unpatched"), *flags, launcher=STOCK)
+    assert "unrecognized arguments: --sparc-fine-grained-weight 1" in line
+    assert not (folder / "logs" / "unpatched").exists()
+
+
+def test_missing_training_extras_are_named_with_the_pip_command(tmp_path):
+    (tmp_path / "braceexpand.py").write_text("raise ImportError('No module named braceexpand')")
+    line = refusal(env={"PYTHONPATH": str(tmp_path)})
+    assert "open_clip's training cannot be imported (No module named braceexpand)" in line
+    assert "pip install 'sparc-loss[train]'" in line
+
+
+def test_an_untested_open_clip_is_refused_with_the_tested_versions(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import open_clip; open_clip.__version__ = '9.9.9'")
+    line = refusal(env={"PYTHONPATH": str(tmp_path)})
+    assert "open_clip_torch 9.9.9 is installed; sparc_loss.train was tested with 3.0.0" in line
+
+
+def test_an_uncovered_tower_is_refused_by_name(folder):
+    flags = data_flags(folder, name="uncovered")
+    flags[1] = "RN50"
+    finished = run_python(*SPARC, *flags)
+    assert finished.returncode != 0
+    assert "TypeError: model.visual is a ModifiedResNet; patch embeddings are known for" in finished.stdout
+
+
+def test_help_shows_our_flags_in_a_group_and_open_clips_own():
+    finished = run_python(*LAUNCHER, "--help")
+    assert finished.returncode == 0
+    assert "SPARC:" in finished.stdout
+    assert "--sparc-fine-grained-weight" in finished.stdout
+    assert "--train-data" in finished.stdout
