@@ -1,0 +1,112 @@
+"""Our plug-in, called the way open_clip's training calls it."""
+
+import logging
+from argparse import ArgumentParser, Namespace
+
+import open_clip
+import pytest
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+
+from sparc_loss import SparcLoss
+from sparc_loss.integration import sparc
+
+
+def parse(*argv: str, **open_clip_args) -> Namespace:
+    parser = ArgumentParser()
+    sparc.add_arguments(parser)
+    args = dict(
+        model="ViT-B-32",
+        cache_dir=None,
+        force_context_length=None,
+        torchscript=False,
+        trace=False,
+        horovod=False,
+        distill=False,
+        siglip=False,
+        loss_dist_impl=None,
+        coca_caption_loss_weight=2.0,
+        coca_contrastive_loss_weight=1.0,
+        local_loss=False,
+        gather_with_grad=False,
+        rank=0,
+        world_size=1,
+    )
+    return parser.parse_args(list(argv), Namespace(**{**args, **open_clip_args}))
+
+
+@pytest.fixture
+def model():
+    vision = dict(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
+    return open_clip.CLIP(16, vision, dict(layers=1, width=32, heads=2))
+
+
+def test_the_defaults_are_those_of_sparc_loss():
+    loss, expected = sparc.create_loss(parse()), SparcLoss()
+    assert repr(loss) == repr(expected)
+
+
+def test_every_flag_reaches_the_loss():
+    flags = "--sparc-global-weight 2 --sparc-fine-grained-weight 3 --sparc-threshold 0.25 --sparc-alignment dense"
+    flags += " --sparc-reduction sample --sparc-scale 20"
+    loss = sparc.create_loss(parse(*flags.split()))
+    assert (loss.global_weight, loss.fine_grained_weight, loss.threshold) == (2, 3, 0.25)
+    assert (loss.alignment, loss.reduction, loss.fine_grained_scale) == ("dense", "sample", 20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "global_loss"),
+    [
+        ({}, ClipLoss),
+        ({"siglip": True}, SigLipLoss),
+        ({"distill": True}, DistillClipLoss),
+        ({"model": "coca_ViT-B-32"}, CoCaLoss),
+    ],
+)
+def test_the_global_loss_is_what_open_clip_makes_of_the_flags(flags, global_loss):
+    assert type(sparc.create_loss(parse(**flags)).global_loss) is global_loss
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sparc-global-weight=-1", "argument --sparc-global-weight: '-1' given; expected a number of at least 0"),
+        ("--sparc-fine-grained-weight=x", "argument --sparc-fine-grained-weight: 'x' given; expected a number"),
+        ("--sparc-threshold=1.5", "argument --sparc-threshold: '1.5' given; expected a number between 0 and 1"),
+        ("--sparc-scale=0", "argument --sparc-scale: '0' given; expected a number above 0"),
+        ("--sparc-scale=nan", "argument --sparc-scale: 'nan' given; expected a number above 0"),
+        ("--sparc-alignment=hard", "argument --sparc-alignment: invalid choice: 'hard'"),
+        ("--sparc-reduction=mean", "argument --sparc-reduction: invalid choice: 'mean'"),
+        ("--sparc-tokens=none", "argument --sparc-tokens: invalid choice: 'none'"),
+    ],
+)
+def test_a_bad_value_is_one_error_naming_the_flag(flag, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(flag)
+    assert message in capsys.readouterr().err
+
+
+def test_prepare_model_surfaces_the_same_object(model):
+    assert sparc.prepare_model(model, parse()) is model
+    assert hasattr(model, "encode_patches")
+
+
+def test_one_process_leaves_open_clips_flags_alone(model):
+    args = parse()
+    sparc.prepare_model(model, args)
+    assert not args.local_loss
+    assert not args.gather_with_grad
+
+
+def test_several_processes_gather_with_gradient_and_say_so(model, caplog):
+    args = parse(world_size=8)
+    with caplog.at_level(logging.INFO):
+        sparc.prepare_model(model, args)
+    assert args.local_loss
+    assert args.gather_with_grad
+    assert "8 processes, turning on --local-loss --gather-with-grad" in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["torchscript", "trace", "horovod"])
+def test_what_cannot_work_is_refused_with_the_reason(model, flag):
+    with pytest.raises(ValueError, match=f"--{flag} is set; expected it off with --loss sparc: "):
+        sparc.prepare_model(model, parse(**{flag: True}))

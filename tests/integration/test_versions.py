@@ -1,0 +1,25 @@
+from importlib.metadata import requires, version
+
+import pytest
+from packaging.requirements import Requirement
+
+from sparc_loss.integration.versions import TESTED, UntestedVersionError, check_version
+
+
+def test_the_installed_open_clip_is_one_we_claim():
+    assert version("open_clip_torch") in TESTED
+
+
+def test_the_train_extra_admits_just_the_same_range():
+    (train,) = [line for line in map(Requirement, requires("sparc-loss")) if line.name == "open_clip_torch"]
+    assert all(tested in train.specifier for tested in TESTED)
+    assert not {"2.32.0", "3.4.0", "4.0.0"} & set(train.specifier.filter(["2.32.0", "3.4.0", "4.0.0"]))
+
+
+@pytest.mark.parametrize("found", ["2.32.0", "3.4.0", "4.2.0.dev0"])
+def test_another_version_is_one_readable_error_with_what_was_found_and_tested(found):
+    with pytest.raises(UntestedVersionError) as raised:
+        check_version(found)
+    assert f"open_clip_torch {found} is installed" in str(raised.value)
+    assert f"tested with {', '.join(TESTED)}" in str(raised.value)
+    assert f"pip install 'open_clip_torch=={TESTED[-1]}'" in str(raised.value)

@@ -1,0 +1,25 @@
+import pytest
+
+import sparc_loss
+from sparc_loss import cli, train
+
+
+def test_train_hands_its_arguments_to_the_launcher_and_returns_its_code(monkeypatch):
+    monkeypatch.setattr(train, "main", lambda argv: argv and 7)
+    assert cli.main(["train", "--loss", "sparc"]) == 7
+
+
+@pytest.mark.parametrize(("argv", "found"), [([], "no command given"), (["trian"], "unknown command 'trian'")])
+def test_anything_else_is_one_error_with_the_commands(argv, found, capsys):
+    assert cli.main(argv) == 2
+    assert f"sparc-loss: error: {found}; expected train" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "train an open_clip model with a loss plug-in" in capsys.readouterr().out
+
+
+def test_version_is_the_packages(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sparc-loss {sparc_loss.__version__}\n"
