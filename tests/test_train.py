@@ -75,9 +75,7 @@ def test_a_weight_of_zero_leaves_plain_clip_training_bit_for_bit(folder):
 def test_loss_clip_is_stock_training_bit_for_bit(folder):
     train(folder, name="stock-once", launcher=STOCK)
     train(folder, "--loss", "clip", name="clip-once", launcher=LAUNCHER)
-    assert_same_weights(
-        checkpoint(folder, "stock-once")["state_dict"], checkpoint(folder, "clip-once")["state_dict"]
-    )
+    assert_same_weights(checkpoint(folder, "stock-once")["state_dict"], checkpoint(folder, "clip-once")["state_dict"])
 
 
 def test_resume_latest_goes_on_as_if_never_interrupted(folder):
@@ -114,7 +112,9 @@ def test_the_checkpoint_loads_in_open_clip_without_sparc_loss(folder):
     assert finished.stdout.split()[-1] == "CLIP"
 
 
-@pytest.mark.parametrize("flags", [(), ("--siglip",), ("--accum-freq", "2")], ids=lambda flags: " ".join(flags) or "clip")
+@pytest.mark.parametrize(
+    "flags", [(), ("--siglip",), ("--accum-freq", "2")], ids=lambda flags: " ".join(flags) or "clip"
+)
 def test_two_gloo_ranks_train_and_gather_with_gradient(folder, flags):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *SPARC)
     log = train(folder, *flags, name="two-ranks-" + "-".join(flags).replace("--", ""), launcher=torchrun)
@@ -132,10 +132,9 @@ def refusal(*arguments: str, launcher=SPARC, env=None) -> str:
 def test_a_used_name_is_refused_and_the_run_kept(folder):
     train(folder, name="used")
     before = sorted((folder / "logs" / "used").rglob("*"))
-    assert (
-        "argument --name: 'used' is a run already, in" in (line := refusal(*data_flags(folder, name="used")))
-        and "expected a new name, or --resume latest" in line
-    )
+    line = refusal(*data_flags(folder, name="used"))
+    assert "argument --name: 'used' is a run already, in" in line
+    assert "expected a new name, or --resume latest" in line
     assert sorted((folder / "logs" / "used").rglob("*")) == before
 
 

@@ -11,7 +11,8 @@ def test_the_installed_open_clip_is_one_we_claim():
 
 
 def test_the_train_extra_admits_just_the_same_range():
-    (train,) = [line for line in map(Requirement, requires("sparc-loss")) if line.name == "open_clip_torch"]
+    requirements = map(Requirement, requires("sparc-loss"))
+    train = next(requirement for requirement in requirements if requirement.name == "open_clip_torch")
     assert all(tested in train.specifier for tested in TESTED)
     assert not {"2.32.0", "3.4.0", "4.0.0"} & set(train.specifier.filter(["2.32.0", "3.4.0", "4.0.0"]))
 
