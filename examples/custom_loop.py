@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from sparc_loss import SparcLoss, surface_embeddings
 
-NAMES = "zero one two three four five six seven eight nine".split()
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 STEPS, BATCH_SIZE = 10, 16
 
 model, preprocess, _ = open_clip.create_model_and_transforms("ViT-S-32")

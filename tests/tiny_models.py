@@ -25,7 +25,7 @@ VISION: dict[str, dict[str, Any]] = {
     "timm ViT token": {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160},
     "timm ViT avg": {"timm_model_name": "test_vit", "timm_pool": "avg", "image_size": 160},
     "timm ViT avg, fc_norm": {"timm_model_name": "test_vit2", "timm_pool": "avg", "image_size": 160},
-    "timm ViT map": {"timm_model_name": "test_vit3", "timm_pool": "", "timm_proj": "none", "image_size": 160},
+    "timm ViT map": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
     "timm ViT map, linear": {"timm_model_name": "test_vit3", "timm_pool": "map", "image_size": 160},
     "timm ViT avg, mlp": {"timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 160},
 }

@@ -34,9 +34,7 @@ def outputs() -> dict[str, Tensor]:
 
 def fine_grained(outputs: dict[str, Tensor], **options: object) -> Tensor:
     arguments = {"logit_scale": outputs["logit_scale"], **options}
-    return fine_grained_loss(
-        outputs["patch_features"], outputs["token_features"], outputs["token_mask"], **arguments
-    )
+    return fine_grained_loss(outputs["patch_features"], outputs["token_features"], outputs["token_mask"], **arguments)
 
 
 def contrastive(outputs: dict[str, Tensor]) -> Tensor:
@@ -311,43 +309,51 @@ def test_the_refusal_of_world_size_gives_the_reason() -> None:
 # Bad batches
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "error", "message"),
-    [
-        ("image_features", lambda t: t[None], ValueError, "image_features has shape [1, 3, 5]; expected rank 2"),
-        ("image_features", lambda t: t.long(), TypeError, "image_features has dtype torch.int64; expected a floating"),
-        ("text_features", lambda t: t[:2], ValueError, "text_features has B = 2 in shape [2, 5], image_features has B"),
-        ("text_features", lambda t: t[:, :2], ValueError, "text_features has C = 2 in shape [3, 2], image_features ha"),
-        ("patch_features", lambda t: t[0], ValueError, "patch_features has shape [6, 5]; expected rank 3, [B, P, D]"),
-        ("patch_features", lambda t: t[:2], ValueError, "patch_features has B = 2 in shape [2, 6, 5], image_features"),
-        ("patch_features", lambda t: t.int(), TypeError, "patch_features has dtype torch.int32; expected a floating"),
-        ("patch_features", lambda t: t.to("meta"), ValueError, "patch_features is on meta and image_features on cpu"),
-        ("token_features", lambda t: t[:, 0], ValueError, "token_features has shape [3, 5]; expected rank 3, [B, L, D"),
-        ("token_features", lambda t: t[..., 1:], ValueError, "token_features has D = 4 in shape [3, 4, 4], patch_feat"),
-        ("token_mask", lambda t: t.int(), TypeError, "token_mask has dtype torch.int32; expected torch.bool"),
-        ("token_mask", lambda t: t[:, 1:], ValueError, "token_mask has shape [3, 3]; expected [B, L] = [3, 4]"),
-        ("token_mask", lambda t: t.to("meta"), ValueError, "token_mask is on meta and the features on cpu"),
-    ],
-)
-def test_bad_batches_are_refused_by_name(
-    outputs: dict[str, Tensor], name: str, change: object, error: type[Exception], message: str
+WRONG_TYPE = [
+    ("image_features", torch.long, "image_features has dtype torch.int64; expected a floating-point tensor [B, C]"),
+    ("patch_features", torch.int, "patch_features has dtype torch.int32; expected a floating-point tensor [B, P, D]"),
+    ("token_features", torch.bool, "token_features has dtype torch.bool; expected a floating-point tensor [B, L, D]"),
+    ("token_mask", torch.int, "token_mask has dtype torch.int32; expected torch.bool, True where it counts"),
+]
+WRONG_SHAPE = [
+    ("image_features", (1, B, D), "image_features has shape [1, 3, 5]; expected rank 2, [B, C]"),
+    ("text_features", (2, D), "text_features has B = 2 in shape [2, 5], image_features has B = 3; expected the same"),
+    ("text_features", (B, 2), "text_features has C = 2 in shape [3, 2], image_features has C = 5; expected the same"),
+    ("patch_features", (P, D), "patch_features has shape [6, 5]; expected rank 3, [B, P, D]"),
+    ("patch_features", (2, P, D), "patch_features has B = 2 in shape [2, 6, 5], image_features has B = 3; expected"),
+    ("token_features", (B, D), "token_features has shape [3, 5]; expected rank 3, [B, L, D]"),
+    ("token_features", (B, L, 4), "token_features has D = 4 in shape [3, 4, 4], patch_features has D = 5; expected"),
+    ("token_mask", (B, 3), "token_mask has shape [3, 3]; expected [B, L] = [3, 4]"),
+    ("patch_mask", (B, P + 1), "patch_mask has shape [3, 7]; expected [B, P] = [3, 6]"),
+    ("region_mask", (B, P, L), "region_mask has shape [3, 6, 4]; expected [B, L, P] = [3, 4, 6]"),
+]
+WRONG_DEVICE = [
+    ("text_features", "text_features is on meta and image_features on cpu; expected one device"),
+    ("patch_features", "patch_features is on meta and image_features on cpu; expected one device"),
+    ("token_mask", "token_mask is on meta and the features on cpu; expected one device"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "message"), WRONG_TYPE, ids=[message for *_, message in WRONG_TYPE])
+def test_a_wrong_dtype_is_refused_by_name(
+    outputs: dict[str, Tensor], name: str, dtype: torch.dtype, message: str
 ) -> None:
-    outputs[name] = change(outputs[name].detach())
-    with pytest.raises(error, match=re.escape(message)):
-        SparcLoss()(**outputs)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SparcLoss()(**outputs | {name: outputs[name].detach().to(dtype)})
 
 
-@pytest.mark.parametrize(
-    ("masks", "message"),
-    [
-        ({"patch_mask": torch.ones(B, P + 1, dtype=torch.bool)}, "patch_mask has shape [3, 7]; expected [B, P] = [3, 6"),
-        ({"region_mask": torch.ones(B, P, L, dtype=torch.bool)}, "region_mask has shape [3, 6, 4]; expected [B, L, P]"),
-    ],
-    ids=["patch_mask", "region_mask"],
-)
-def test_masks_of_another_shape_are_refused_by_name(outputs: dict[str, Tensor], masks: dict, message: str) -> None:
+@pytest.mark.parametrize(("name", "shape", "message"), WRONG_SHAPE, ids=[message for *_, message in WRONG_SHAPE])
+def test_a_wrong_shape_is_refused_by_name(
+    outputs: dict[str, Tensor], name: str, shape: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        SparcLoss()(**outputs, **masks)
+        SparcLoss()(**outputs | {name: torch.ones(shape, dtype=torch.bool if "mask" in name else torch.float)})
+
+
+@pytest.mark.parametrize(("name", "message"), WRONG_DEVICE, ids=[message for *_, message in WRONG_DEVICE])
+def test_different_devices_are_refused_by_name(outputs: dict[str, Tensor], name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SparcLoss()(**outputs | {name: outputs[name].detach().to("meta")})
 
 
 class Refuses(nn.Module):

@@ -3,10 +3,9 @@
 from itertools import product
 
 import pytest
+from ranks import run_ranks
 from torch import Tensor
 from torch.testing import assert_close
-
-from ranks import run_ranks
 from toy_training import LENGTHS, train_every_way, train_step, whole_batch
 
 WORLD_SIZE = 2

@@ -24,8 +24,10 @@ def encode_pooled_and_patches(visual: nn.Module, images: Tensor) -> tuple[Tensor
 
 def patch_grid(visual: nn.Module, images: Tensor) -> tuple[int, int]:
     """Height and width, in patches, of the grid into which the tower cuts these images."""
-    patch_size = visual.patch_size if isinstance(visual, VisionTransformer) else visual.trunk.patch_embed.patch_size
-    return images.shape[-2] // patch_size[0], images.shape[-1] // patch_size[1]
+    height, width = images.shape[-2:]
+    if isinstance(visual, VisionTransformer):
+        return height // visual.patch_size[0], width // visual.patch_size[1]
+    return visual.trunk.patch_embed.dynamic_feat_size((height, width))
 
 
 def check_vision_tower(visual: nn.Module) -> None:

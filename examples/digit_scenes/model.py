@@ -1,0 +1,168 @@
+"""A model of the scenes' size, as a folder that open_clip takes for `local-dir:FOLDER`, without any download.
+
+Vision is open_clip's VisionTransformer over 8 x 8 patches, average-pooled. Text is a small BERT, average-pooled as in
+the paper (open_clip's own text towers pool one token), whose tokens are whole words: token i of a caption is word i.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.factory import load_state_dict
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import BertConfig, PreTrainedTokenizerFast
+
+from .captions import MAX_WORDS
+from .scenes import IMAGE_SIZE
+
+CONTEXT_LENGTH = 32
+WEIGHTS = "open_clip_model.safetensors"
+
+_WIDTH, _HEAD_WIDTH, _PATCH_SIZE = 96, 32, 8
+_PAD, _UNKNOWN = "[PAD]", "[UNK]"
+# Mean and standard deviation of the scenes' pixels, all channels alike.
+_MEAN, _STD = 0.36, 0.16
+
+assert MAX_WORDS <= CONTEXT_LENGTH
+
+
+def write_model(folder: str | Path, captions: Iterable[str], seed: int = 0) -> Path:
+    """Write an untrained model, its tokenizer made from the words of `captions`.
+
+    The weights are in the folder: open_clip would otherwise look for pretrained ones of the text tower.
+
+    Returns:
+        The folder, absolute. Keep it where it is: its configuration names its own path.
+
+    Raises:
+        FileExistsError: `folder` is there.
+    """
+
+    def fill(draft: Path, home: Path) -> None:
+        vocabulary = _write_tokenizer(draft, captions)
+        _text_config(vocabulary).save_pretrained(draft)
+        _write_config(draft, home)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _build(draft)
+        _save_weights(model.state_dict(), draft)
+
+    return _write_folder(folder, fill)
+
+
+def warm_start(folder: str | Path, model_folder: str | Path, checkpoint: str | Path) -> Path:
+    """Copy a model folder with the weights of a training checkpoint: the next training starts there, optimizer anew.
+
+    Args:
+        folder: the new one; must not exist.
+        model_folder: what `write_model` or `warm_start` wrote.
+        checkpoint: an `epoch_N.pt` of open_clip_train.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        FileExistsError: `folder` is there.
+        FileNotFoundError: the model folder or the checkpoint is not.
+    """
+
+    def fill(draft: Path, home: Path) -> None:
+        for file in Path(model_folder).iterdir():
+            if file.name != WEIGHTS:
+                shutil.copy(file, draft)
+        _write_config(draft, home)
+        _save_weights(load_state_dict(str(checkpoint)), draft)
+
+    return _write_folder(folder, fill)
+
+
+def _write_folder(folder: str | Path, fill: Callable[[Path, Path], None]) -> Path:
+    """Have `fill(draft, folder)` write a draft that takes the folder's name once it is whole."""
+    folder = Path(folder).resolve()
+    if folder.exists():
+        raise FileExistsError(f"folder {folder} exists; expected a new one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        fill(draft, folder)
+        draft.chmod(folder.parent.stat().st_mode & 0o777)
+        os.rename(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    return folder
+
+
+def _write_tokenizer(folder: Path, captions: Iterable[str]) -> int:
+    """Write a tokenizer of whole words, without start and end tokens; returns the size of its vocabulary."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=_UNKNOWN))
+    # Punctuation goes, so that tokens and `caption.split()` go side by side.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), "")])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(
+        captions, trainers.WordLevelTrainer(special_tokens=[_PAD, _UNKNOWN], show_progress=False)
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=_PAD, unk_token=_UNKNOWN, model_max_length=CONTEXT_LENGTH
+    )
+    fast.save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def _text_config(vocabulary: int) -> BertConfig:
+    return BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=_WIDTH // _HEAD_WIDTH,
+        intermediate_size=4 * _WIDTH,
+        max_position_embeddings=CONTEXT_LENGTH,
+        type_vocab_size=1,
+        pad_token_id=0,
+        # Small models on plenty of data do not overfit; dropout would only add noise.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def _write_config(folder: Path, home: Path) -> None:
+    """Write open_clip_config.json for a folder that will stand at `home`."""
+    config = {
+        "model_cfg": {
+            "embed_dim": _WIDTH,
+            "vision_cfg": {
+                "image_size": IMAGE_SIZE,
+                "patch_size": _PATCH_SIZE,
+                "width": _WIDTH,
+                "head_width": _HEAD_WIDTH,
+                "layers": 4,
+                "pool_type": "avg",
+            },
+            "text_cfg": {
+                "hf_model_name": str(home),
+                "hf_tokenizer_name": str(home),
+                "hf_pooler_type": "mean_pooler",
+                "hf_proj_type": "linear",
+                "context_length": CONTEXT_LENGTH,
+            },
+        },
+        "preprocess_cfg": {"mean": [_MEAN] * 3, "std": [_STD] * 3},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _build(draft: Path) -> torch.nn.Module:
+    """The model of a draft, whose configuration names the folder it will become, with random weights."""
+    config = json.loads((draft / "open_clip_config.json").read_text())["model_cfg"]
+    text = {**config["text_cfg"], "hf_model_name": str(draft), "hf_model_pretrained": False}
+    return open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text)
+
+
+def _save_weights(state_dict: dict[str, torch.Tensor], folder: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, folder / WEIGHTS)

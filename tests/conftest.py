@@ -1,0 +1,32 @@
+"""Settings of every test run, and the golden vectors."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=GOLDEN_CASES)
+def golden(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """One golden case: its settings, its inputs as float64 tensors and what the loss must be (golden/README.md)."""
+    arrays = np.load(GOLDEN / f"{request.param}.npz")
+    return SimpleNamespace(**GOLDEN_CASES[request.param], **{name: torch.from_numpy(arrays[name]) for name in arrays})

@@ -1,0 +1,379 @@
+"""`surface_embeddings`: the same model, which also returns patch and token embeddings while it trains."""
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from open_clip import CLIP, CustomTextCLIP
+from open_clip.coca_model import CoCa
+from tiny_models import (
+    EMBED_DIM,
+    POOLERS,
+    TEXT,
+    TRANSFORMER,
+    VISION,
+    VIT,
+    ToyTokenizer,
+    captions,
+    clip,
+    custom_text_clip,
+    hf_clip,
+    images_for,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparc_loss import SparcLoss, restore, surface_embeddings
+
+EXTRA = {"patch_features", "token_features", "token_mask"}
+MODELS: dict[str, Callable[[Path], nn.Module]] = {
+    **{f"CLIP, {vision}": lambda _, vision=vision: clip(vision) for vision in VISION},
+    **{f"CLIP, text {text}": lambda _, text=text: clip(text=text) for text in TEXT},
+    **{f"CustomTextCLIP, text {text}": lambda _, text=text: custom_text_clip(text=text) for text in TEXT},
+    "CustomTextCLIP, timm ViT map": lambda _: custom_text_clip("timm ViT map"),
+    "CustomTextCLIP, SigLIP's bias": lambda _: custom_text_clip(init_logit_bias=-10.0),
+    "CLIP, logit_scale of shape [1]": lambda _: clip(nonscalar_logit_scale=True, init_logit_bias=-10.0),
+    **{f"HF, {pooler}": lambda folder, pooler=pooler: hf_clip(folder, pooler) for pooler in POOLERS},
+    "HF, mean_pooler, mlp": lambda folder: hf_clip(folder, projection="mlp"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def plain(request: pytest.FixtureRequest, tmp_path: Path) -> nn.Module:
+    """A model as open_clip makes it, returning dictionaries as open_clip_train asks it to."""
+    model = MODELS[request.param](tmp_path)
+    model.output_dict = True
+    return model
+
+
+def surfaced_copy(model: nn.Module) -> nn.Module:
+    return surface_embeddings(copy.deepcopy(model), ToyTokenizer())
+
+
+def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """A forward pass with dropout drawn from the same seed every time."""
+    torch.manual_seed(5)
+    return model(*inputs)
+
+
+# What it returns
+
+
+def test_training_output_equals_the_unswapped_models_bit_for_bit(plain: nn.Module) -> None:
+    inputs = images_for(plain), captions()
+    expected = run(plain.train(), *inputs)
+    output = run(surfaced_copy(plain).train(), *inputs)
+    assert set(output) == set(expected) | EXTRA
+    for name, value in expected.items():
+        assert torch.equal(output[name], value), name
+
+
+def test_evaluation_output_is_the_unswapped_models(plain: nn.Module) -> None:
+    inputs = images_for(plain), captions()
+    expected = run(plain.eval(), *inputs)
+    output = run(surfaced_copy(plain).eval(), *inputs)
+    assert set(output) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(output[name], value), name
+
+
+def test_gradients_through_the_pooled_features_equal_the_unswapped_models(plain: nn.Module) -> None:
+    inputs = images_for(plain), captions()
+    surfaced = surfaced_copy(plain)
+    for model in (plain, surfaced):
+        output = run(model.train(), *inputs)
+        (output["image_features"] @ output["text_features"].T * output["logit_scale"]).diagonal().sum().backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), surfaced.parameters(), strict=True):
+        if expected.grad is not None:
+            assert torch.equal(parameter.grad, expected.grad), name
+
+
+def test_shapes_of_the_embeddings(plain: nn.Module) -> None:
+    images, texts = images_for(plain, number=3), captions(3)
+    output = run(surfaced_copy(plain).train(), images, texts)
+    dim = output["image_features"].shape[-1]
+    patches = images.shape[-2] * images.shape[-1] // (8 * 8 if images.shape[-1] < 100 else 16 * 16)
+    assert output["patch_features"].shape == (3, patches, dim)
+    assert output["token_features"].shape == (3, texts.shape[1], dim)
+    assert output["token_mask"].shape == texts.shape
+    assert output["token_mask"].dtype == torch.bool
+
+
+def test_the_encoders_run_once_per_step(plain: nn.Module) -> None:
+    surfaced = surfaced_copy(plain).train()
+    calls = {"image": 0, "text": 0}
+
+    def count(kind: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[kind] += 1
+
+        return hook
+
+    trunk = getattr(surfaced.visual, "trunk", None)
+    last_block = trunk.blocks[-1] if trunk is not None else surfaced.visual.transformer
+    last_block.register_forward_hook(count("image"))
+    text_tower = surfaced if isinstance(surfaced, CLIP) else surfaced.text
+    text_tower.transformer.register_forward_hook(count("text"))
+    run(surfaced, images_for(surfaced), captions())
+    assert calls == {"image": 1, "text": 1}
+
+
+def test_every_parameter_that_trains_in_clip_trains_under_sparc(plain: nn.Module) -> None:
+    inputs = images_for(plain), captions(3)[1:]
+    surfaced = surfaced_copy(plain).train()
+    SparcLoss()(**run(surfaced, *inputs)).backward()
+    output = run(plain.train(), *inputs)
+    sum(value.sum() for value in output.values()).backward()
+    for (name, ours), clips in zip(surfaced.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (clips.grad is None), name
+
+
+def test_patch_dropout_leaves_the_pooled_features_alone() -> None:
+    torch.manual_seed(0)
+    plain = CLIP(EMBED_DIM, {**VIT, "patch_dropout": 0.5}, TRANSFORMER, output_dict=True)
+    inputs = images_for(plain), captions()
+    output = run(surfaced_copy(plain).train(), *inputs)
+    assert torch.equal(output["image_features"], run(plain.train(), *inputs)["image_features"])
+    assert output["patch_features"].shape == (2, 3, EMBED_DIM)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_one_modality_alone_is_left_to_open_clip(side: str) -> None:
+    plain = clip(output_dict=True).train()
+    arguments = {"image": images_for(plain)} if side == "image" else {"text": captions()}
+    output = surfaced_copy(plain)(**arguments)
+    expected = plain(**arguments)
+    assert set(output) == set(expected)
+    assert torch.equal(output[f"{side}_features"], expected[f"{side}_features"])
+
+
+def test_the_embeddings_are_not_normalised() -> None:
+    output = surface_embeddings(clip(), ToyTokenizer())(images_for(clip()), captions())
+    for name in ("patch_features", "token_features"):
+        norms = output[name].norm(dim=-1)
+        assert not torch.allclose(norms, torch.ones_like(norms), atol=0.01)
+
+
+def test_the_token_mask_counts_words_by_default_and_start_and_end_with_all() -> None:
+    # START, one or two words, END, padding.
+    texts = captions()
+    words = surface_embeddings(clip(), ToyTokenizer())(images_for(clip()), texts)["token_mask"]
+    everything = surface_embeddings(clip(), ToyTokenizer(), tokens="all")(images_for(clip()), texts)["token_mask"]
+    assert words.int().tolist() == [[0, 1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
+    assert everything.int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+
+
+# The encoders of their own
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_encoders_give_what_training_gives_in_any_mode(training: bool) -> None:
+    model = surface_embeddings(clip(), ToyTokenizer()).train()
+    images, texts = images_for(model), captions()
+    output = model(images, texts)
+    model.train(training)
+    assert torch.equal(model.encode_patches(images)[0], output["patch_features"])
+    tokens, mask = model.encode_tokens(texts)
+    assert torch.equal(tokens, output["token_features"])
+    assert torch.equal(mask, output["token_mask"])
+
+
+def test_encoders_normalise_when_asked() -> None:
+    model = surface_embeddings(clip(), ToyTokenizer())
+    patches, _ = model.encode_patches(images_for(model), normalize=True)
+    tokens, _ = model.encode_tokens(captions(), normalize=True)
+    for features in (patches, tokens):
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:2]))
+
+
+# The same model
+
+
+def test_it_is_the_same_object_and_still_an_open_clip_model() -> None:
+    for model, open_clip_class in ((clip(), CLIP), (custom_text_clip(), CustomTextCLIP)):
+        assert surface_embeddings(model, ToyTokenizer()) is model
+        assert isinstance(model, open_clip_class)
+
+
+def test_state_dict_and_parameters_are_unchanged(plain: nn.Module) -> None:
+    surfaced = surfaced_copy(plain)
+    assert list(surfaced.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in surfaced.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in surfaced.named_modules()] == [name for name, _ in plain.named_modules()]
+
+
+def test_checkpoints_load_strictly_both_ways(plain: nn.Module) -> None:
+    surfaced = surfaced_copy(plain)
+    plain.load_state_dict(surfaced.state_dict(), strict=True)
+    surfaced.load_state_dict(plain.state_dict(), strict=True)
+
+
+def test_surfacing_twice_takes_the_new_tokens_and_nothing_else() -> None:
+    model = surface_embeddings(clip(), ToyTokenizer())
+    swapped = type(model)
+    assert surface_embeddings(model, ToyTokenizer(), tokens="all") is model
+    assert type(model) is swapped
+    assert model.encode_tokens(captions())[1].sum() == 3 + 4
+
+
+@pytest.mark.parametrize("output_dict", [True, False])
+def test_restore_gives_back_the_plain_model(output_dict: bool) -> None:
+    plain = clip(output_dict=output_dict)
+    model = copy.deepcopy(plain)
+    attributes = set(vars(model))
+    assert restore(surface_embeddings(surface_embeddings(model, ToyTokenizer()), ToyTokenizer())) is model
+    assert type(model) is CLIP
+    assert model.output_dict is output_dict
+    assert set(vars(model)) == attributes
+    assert type(model(images_for(model), captions())) is type(plain(images_for(plain), captions()))
+
+
+def test_restore_leaves_a_plain_model_alone() -> None:
+    model = clip()
+    assert restore(model) is model
+    assert type(model) is CLIP
+
+
+@pytest.mark.parametrize(
+    "round_trip", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("make", [clip, custom_text_clip])
+def test_copies_are_surfaced_too(make: Callable[[], nn.Module], round_trip: Callable) -> None:
+    model = surface_embeddings(make(), ToyTokenizer()).train()
+    again = round_trip(model)
+    inputs = images_for(model), captions()
+    output, copied = model(*inputs), again(*inputs)
+    assert type(again) is type(model)
+    assert all(torch.equal(copied[name], value) for name, value in output.items())
+
+
+def test_compiles() -> None:
+    torch.compiler.reset()
+    model = surface_embeddings(clip(), ToyTokenizer()).train()
+    inputs = images_for(model), captions()
+    output, compiled = model(*inputs), torch.compile(model, backend="eager")(*inputs)
+    for name, value in output.items():
+        torch.testing.assert_close(compiled[name], value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
+def test_gradient_checkpointing_changes_nothing(plain: nn.Module) -> None:
+    surfaced = surfaced_copy(plain).train()
+    inputs = images_for(plain), captions()
+    expected = run(surfaced, *inputs)
+    surfaced.set_grad_checkpointing()
+    output = run(surfaced, *inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name], value)
+
+
+def test_autocast_keeps_pooled_features_bit_for_bit(plain: nn.Module) -> None:
+    inputs = images_for(plain), captions()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = run(plain.train(), *inputs)
+        output = run(surfaced_copy(plain).train(), *inputs)
+    for name, value in expected.items():
+        assert torch.equal(output[name], value), name
+
+
+# What is refused
+
+
+def with_visual(config: dict) -> CLIP:
+    return CLIP(EMBED_DIM, config, TRANSFORMER)
+
+
+REFUSED_MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "attentional pooler": (
+        lambda: with_visual({**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}),
+        "model.visual is a VisionTransformer with an attentional pooler; patch embeddings are known for",
+    ),
+    "no pooling": (
+        lambda: with_visual({**VIT, "pool_type": "none"}),
+        "model.visual is a VisionTransformer with pool_type 'none'; patch embeddings are known for",
+    ),
+    "ModifiedResNet": (
+        lambda: with_visual({"layers": (1, 1, 1, 1), "width": 8, "head_width": 8, "image_size": 32}),
+        "model.visual is a ModifiedResNet; patch embeddings are known for open_clip's VisionTransformer with 'tok' or",
+    ),
+    "ConvNeXt": (
+        lambda: with_visual({"timm_model_name": "test_convnext", "timm_pool": "avg", "image_size": 64}),
+        "model.visual is a TimmModel with a ConvNeXt trunk; patch embeddings are known for",
+    ),
+    "class embedding": (
+        lambda: CustomTextCLIP(EMBED_DIM, VIT, {**TRANSFORMER, "embed_cls": True}),
+        "model.text is a TextTransformer with a class embedding; token embeddings are known for CLIP's own text tower",
+    ),
+    "CoCa": (
+        lambda: CoCa(
+            EMBED_DIM,
+            {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1, "attn_pooler_heads": 2},
+            {**TRANSFORMER, "embed_cls": True, "output_tokens": True},
+            {**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        ),
+        "model is a CoCa; expected open_clip's CLIP or CustomTextCLIP",
+    ),
+    "another library's model": (
+        lambda: nn.Linear(2, 2),
+        "model is a Linear; expected open_clip's CLIP or CustomTextCLIP",
+    ),
+    "a compiled model": (
+        lambda: torch.compile(clip(), backend="eager"),
+        "model is a OptimizedModule; expected open_clip's CLIP or CustomTextCLIP; surface the model before it is",
+    ),
+    "a compiled surfaced model": (
+        lambda: torch.compile(surface_embeddings(clip(), ToyTokenizer()), backend="eager"),
+        "surface the model before it is wrapped",
+    ),
+    "TorchScript, scripted": (
+        lambda: torch.jit.script(clip()),
+        "model is a RecursiveScriptModule, compiled by TorchScript, whose class cannot be swapped; expected an",
+    ),
+    "TorchScript, traced": (
+        lambda: torch.jit.trace(clip().eval(), (images_for(clip()), captions()), check_trace=False),
+        "compiled by TorchScript, whose class cannot be swapped; expected an open_clip model created without jit "
+        "(open_clip_train: without --torchscript and --trace)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and says much about tracing.
+@pytest.mark.parametrize("name", REFUSED_MODELS)
+def test_a_model_that_is_not_covered_is_refused_by_name(name: str) -> None:
+    make, message = REFUSED_MODELS[name]
+    with pytest.raises(TypeError, match=re.escape(message)):
+        surface_embeddings(make(), ToyTokenizer())
+
+
+def test_a_model_wrapped_for_ddp_is_refused_with_the_order(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(clip())
+        with pytest.raises(TypeError, match=r"model is a DistributedDataParallel; .*before it is wrapped"):
+            surface_embeddings(wrapped, ToyTokenizer())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_unknown_tokenizer_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"tokenizer is a function; expected what open_clip\.get_tokenizer returns"):
+        surface_embeddings(clip(), captions)
+
+
+def test_unknown_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens is 'nouns'; expected one of 'words', 'all'"):
+        surface_embeddings(clip(), ToyTokenizer(), tokens="nouns")
+
+
+def test_a_refused_model_is_left_as_it_was() -> None:
+    model = with_visual({**VIT, "pool_type": "none"})
+    attributes = set(vars(model))
+    with pytest.raises(TypeError):
+        surface_embeddings(model, ToyTokenizer())
+    assert type(model) is CLIP
+    assert set(vars(model)) == attributes

@@ -1,0 +1,289 @@
+"""The embedded data and model of `make train`."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip_train.data import CsvDataset
+from safetensors.torch import load_file
+
+from examples.digit_scenes import captions, dataset, scenes
+from examples.digit_scenes.dataset import read_annotations, read_captions, write_dataset
+from examples.digit_scenes.model import CONTEXT_LENGTH, WEIGHTS, warm_start, write_model
+from examples.digit_scenes.scenes import generate_scene
+from sparc_loss import surface_embeddings
+
+SIZES = {"train": 40, "val": 6, "test": 5}
+
+
+@pytest.fixture(scope="module")
+def some_scenes() -> list[scenes.Scene]:
+    return [generate_scene(split, index) for split in scenes.SPLITS for index in range(150)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "scenes", SIZES, workers=1)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, data) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model", read_captions(data, "train"))
+
+
+def plain(word: str) -> str:
+    return word.strip(",")
+
+
+class TestScenes:
+    def test_a_scene_depends_on_split_index_and_seed_only(self):
+        first, again = generate_scene("val", 3, seed=5), generate_scene("val", 3, seed=5)
+        assert first.caption == again.caption
+        assert first.objects == again.objects
+        assert np.array_equal(first.image, again.image)
+        assert np.array_equal(first.labels, again.labels)
+
+    @pytest.mark.parametrize("other", [("test", 3, 5), ("val", 4, 5), ("val", 3, 6)])
+    def test_each_of_them_changes_the_scene(self, other):
+        assert not np.array_equal(generate_scene("val", 3, 5).image, generate_scene(*other).image)
+
+    def test_every_object_shows_inside_its_box(self, some_scenes):
+        for scene in some_scenes:
+            assert 2 <= len(scene.objects) <= 5
+            assert set(np.unique(scene.labels)) == set(range(len(scene.objects) + 1))
+            for number, thing in enumerate(scene.objects, start=1):
+                left, top, right, bottom = thing.box
+                mask = scene.labels == number
+                assert mask[top:bottom, left:right].sum() == mask.sum()
+                assert mask[top:bottom, [left, right - 1]].any(0).all()
+                assert mask[[top, bottom - 1], left:right].any(1).all()
+
+    def test_boxes_do_not_overlap(self, some_scenes):
+        for scene in some_scenes:
+            covered = np.zeros_like(scene.labels)
+            for thing in scene.objects:
+                left, top, right, bottom = thing.box
+                covered[top:bottom, left:right] += 1
+            assert covered.max() == 1
+
+    def test_objects_have_the_colour_they_are_said_to_have(self, some_scenes):
+        palette = np.array(list(scenes.COLOURS.values()))
+        for scene in some_scenes:
+            for number, thing in enumerate(scene.objects, start=1):
+                # Strokes are thin: of their pixels the purest tells the colour, the others mix with the noise.
+                distance = np.abs(palette - scene.image[scene.labels == number][:, None]).sum(-1).min(0)
+                assert list(scenes.COLOURS)[distance.argmin()] == thing.colour
+                assert distance.min() < 60
+
+    def test_no_two_objects_share_their_phrase(self, some_scenes):
+        for scene in some_scenes:
+            assert len({thing.phrase for thing in scene.objects}) == len(scene.objects)
+
+    def test_splits_share_no_glyph(self):
+        inks = {
+            split: {ink.tobytes() for name in scenes.DIGITS for ink in scenes.glyphs(split)[name]}
+            for split in scenes.SPLITS
+        }
+        assert not inks["train"] & inks["val"]
+        assert not inks["train"] & inks["test"]
+        assert not inks["val"] & inks["test"]
+
+    def test_every_split_has_glyphs_of_every_digit(self):
+        for split in scenes.SPLITS:
+            assert all(len(scenes.glyphs(split)[name]) >= 25 for name in scenes.DIGITS)
+
+    def test_an_unknown_split_is_refused(self):
+        with pytest.raises(ValueError, match="split is 'dev'; expected one of 'train', 'val', 'test'"):
+            generate_scene("dev", 0)
+
+    def test_a_negative_index_is_refused(self):
+        with pytest.raises(ValueError, match="index is -1; expected 0 or more"):
+            generate_scene("val", -1)
+
+
+class TestCaptions:
+    def test_have_6_to_25_words(self, some_scenes):
+        lengths = [len(scene.caption.split()) for scene in some_scenes]
+        assert min(lengths) >= 6
+        assert max(lengths) <= 25
+
+    def test_words_say_what_they_are_recorded_to_say(self, some_scenes):
+        for scene in some_scenes:
+            words = [plain(word) for word in scene.caption.split()]
+            for thing in scene.objects:
+                said = {what: words[index] for what, index in thing.words.items()}
+                assert said["kind"] == thing.kind
+                assert said.get("colour", thing.colour) == thing.colour
+                assert said.get("size", "large") in ("small", "little", "tiny", "large", "big", "huge")
+
+    def test_name_each_object_once_and_no_other(self, some_scenes):
+        for scene in some_scenes:
+            named = Counter(word for word in map(plain, scene.caption.split()) if word in scenes.KINDS)
+            assert named == Counter(thing.kind for thing in scene.objects)
+
+    def test_articles_agree(self, some_scenes):
+        for scene in some_scenes:
+            words = scene.caption.split()
+            for article, word in pairwise(words):
+                if article in ("a", "an"):
+                    assert (article == "an") == (word[0] in "aei" or word == "orange")
+
+    def test_vary(self, some_scenes):
+        assert len({scene.caption for scene in some_scenes}) > 0.98 * len(some_scenes)
+
+    @pytest.mark.parametrize(
+        ("box", "other", "expected"),
+        [
+            ((0, 20, 10, 30), (40, 22, 50, 32), "left"),
+            ((40, 20, 50, 30), (0, 22, 10, 32), "right"),
+            ((20, 0, 30, 10), (22, 40, 32, 50), "above"),
+            ((20, 40, 30, 50), (22, 0, 32, 10), "below"),
+        ],
+    )
+    def test_relations_are_true(self, box, other, expected):
+        mentions = [captions.Mention("six", "red", "small", box), captions.Mention("star", "blue", "small", other)]
+        teller = captions._Teller(mentions, np.random.default_rng(0))
+        said = " ".join(word.text for word in teller.relation(0, 1))
+        assert said in captions._RELATIONS[expected]
+
+
+class TestDataset:
+    def test_open_clip_reads_the_table(self, data, monkeypatch):
+        monkeypatch.chdir("/")
+        rows = CsvDataset(str(data / "train.csv"), np.asarray, "filepath", "title", tokenizer=list)
+        assert len(rows) == SIZES["train"]
+        image, caption = rows[7]
+        scene = generate_scene("train", 7)
+        assert np.array_equal(image, scene.image)
+        assert caption == scene.caption
+
+    def test_annotations_are_those_of_the_scenes(self, data):
+        truth = read_annotations(data, "test")
+        for index in range(SIZES["test"]):
+            scene = generate_scene("test", index)
+            assert truth.captions[index] == scene.caption
+            assert truth.objects[index] == scene.objects
+            assert np.array_equal(truth.labels[index], scene.labels)
+            assert truth.images[index].is_file()
+
+    def test_training_scenes_have_no_annotations(self, data):
+        with pytest.raises(FileNotFoundError):
+            read_annotations(data, "train")
+
+    def test_does_not_depend_on_the_number_of_processes(self, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(dataset, "_CHUNK", 8)
+        other = write_dataset(tmp_path / "scenes", SIZES, workers=2)
+        files = sorted(path.relative_to(data) for path in data.rglob("*") if path.suffix in (".png", ".json", ".npz"))
+        assert len(files) == sum(SIZES.values()) + 4
+        assert all((data / file).read_bytes() == (other / file).read_bytes() for file in files)
+
+    def test_held_out_captions_are_mostly_new(self):
+        seen = {generate_scene("train", index).caption for index in range(1500)}
+        held_out = [generate_scene(split, index).caption for split in ("val", "test") for index in range(100)]
+        assert sum(caption in seen for caption in held_out) <= 2
+
+    def test_an_interrupted_run_leaves_nothing(self, tmp_path, monkeypatch):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(dataset, "_write_csv", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_dataset(tmp_path / "scenes", SIZES, workers=1)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_existing_folder_is_refused(self, data):
+        with pytest.raises(FileExistsError, match=f"folder {data} exists; expected a new one"):
+            write_dataset(data)
+
+    def test_an_empty_split_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="sizes has 'val': 0; expected"):
+            write_dataset(tmp_path / "scenes", {"train": 1, "val": 0})
+
+
+class TestModel:
+    def test_open_clip_takes_the_folder_offline(self, model_folder):
+        code = (
+            "import open_clip, sys; open_clip.create_model_and_transforms(sys.argv[1]);"
+            "print(open_clip.get_tokenizer(sys.argv[1])(['a red seven']).shape)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, f"local-dir:{model_folder}"],
+            capture_output=True,
+            text=True,
+            env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+        assert run.stdout == f"torch.Size([1, {CONTEXT_LENGTH}])\n", run.stderr
+
+    def test_tokens_are_the_words_and_padding_the_models_own(self, model_folder, data):
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder}")
+        model = open_clip.create_model(f"local-dir:{model_folder}")
+        caption = read_captions(data, "train")[0]
+        tokens = tokenizer([caption])[0]
+        count = len(caption.split())
+        assert tokenizer.tokenizer.convert_ids_to_tokens(tokens[:count]) == [plain(w) for w in caption.split()]
+        assert set(tokens[count:].tolist()) == {tokenizer.tokenizer.pad_token_id} == {model.text.config.pad_token_id}
+
+    def test_an_unknown_word_is_not_padding(self, model_folder):
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder}")
+        assert tokenizer(["zebra"])[0, 0] == tokenizer.tokenizer.unk_token_id != tokenizer.tokenizer.pad_token_id
+
+    def test_training_and_evaluation_mode_agree(self, model_folder):
+        model = open_clip.create_model(f"local-dir:{model_folder}")
+        images, texts = torch.randn(2, 3, 64, 64), torch.randint(2, 20, (2, CONTEXT_LENGTH))
+        for trained, evaluated in zip(model.train()(images, texts), model.eval()(images, texts), strict=True):
+            torch.testing.assert_close(trained, evaluated)
+
+    def test_gives_patches_and_words(self, model_folder, data):
+        name = f"local-dir:{model_folder}"
+        tokenizer = open_clip.get_tokenizer(name)
+        model = surface_embeddings(open_clip.create_model(name), tokenizer)
+        caption = read_captions(data, "val")[0]
+        patches, grid = model.encode_patches(torch.randn(1, 3, 64, 64))
+        tokens, mask = model.encode_tokens(tokenizer([caption]))
+        assert grid == (8, 8)
+        assert patches.shape == (1, 64, 96)
+        assert tokens.shape == (1, CONTEXT_LENGTH, 96)
+        assert mask.sum() == len(caption.split())
+
+    def test_the_seed_makes_the_weights(self, tmp_path):
+        folders = [write_model(tmp_path / str(i), ["a red seven"], seed) for i, seed in enumerate((1, 1, 2))]
+        first, again, other = (load_file(folder / WEIGHTS) for folder in folders)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["visual.conv1.weight"], other["visual.conv1.weight"])
+
+    def test_leaves_torchs_random_state_alone(self, tmp_path):
+        state = torch.get_rng_state()
+        write_model(tmp_path / "model", ["a red seven"])
+        assert torch.equal(state, torch.get_rng_state())
+
+    def test_warm_start_takes_the_weights_of_a_checkpoint(self, model_folder, tmp_path):
+        model = open_clip.create_model(f"local-dir:{model_folder}")
+        trained = {
+            name: torch.randn_like(weight) for name, weight in model.state_dict().items() if weight.is_floating_point()
+        }
+        trained = {**model.state_dict(), **trained}
+        # As open_clip_train writes it, after training in several processes.
+        checkpoint = {"epoch": 1, "state_dict": {f"module.{name}": weight for name, weight in trained.items()}}
+        torch.save(checkpoint, tmp_path / "epoch_1.pt")
+
+        folder = warm_start(tmp_path / "next", model_folder, tmp_path / "epoch_1.pt")
+        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        assert config["text_cfg"]["hf_model_name"] == str(folder)
+        started = open_clip.create_model(f"local-dir:{folder}").state_dict()
+        assert all(torch.equal(started[name], weight) for name, weight in trained.items())
+
+    def test_warm_start_without_a_checkpoint_leaves_nothing(self, model_folder, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            warm_start(tmp_path / "next", model_folder, tmp_path / "epoch_9.pt")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_existing_folder_is_refused(self, model_folder):
+        with pytest.raises(FileExistsError, match="exists; expected a new one"):
+            write_model(model_folder, [])
