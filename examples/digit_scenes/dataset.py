@@ -11,8 +11,6 @@ import csv
 import json
 import multiprocessing
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from .folders import drafted
 from .scenes import SPLITS, Scene, SceneObject, Split, generate_scene
 
 SIZES: dict[Split, int] = {"train": 16_000, "val": 500, "test": 500}
@@ -65,23 +64,13 @@ def write_dataset(
         ValueError: a split is unknown or has no scene.
     """
     folder = Path(folder).resolve()
-    if folder.exists():
-        raise FileExistsError(f"folder {folder} exists; expected a new one")
     for split, size in sizes.items():
         if split not in SPLITS or size < 1:
             raise ValueError(
                 f"sizes has {split!r}: {size}; expected splits {', '.join(SPLITS)}, 1 or more scenes each"
             )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with drafted(folder) as draft:
         _write_splits(draft, folder, sizes, seed, workers or min(4, os.cpu_count() or 1))
-        # mkdtemp makes it private; a data set is as readable as its neighbours.
-        draft.chmod(folder.parent.stat().st_mode & 0o777)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
     return folder
 
 

@@ -5,11 +5,10 @@ the paper (open_clip's own text towers pool one token), whose tokens are whole w
 """
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -19,6 +18,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from .captions import MAX_WORDS
+from .folders import drafted
 from .scenes import IMAGE_SIZE
 
 CONTEXT_LENGTH = 32
@@ -43,17 +43,16 @@ def write_model(folder: str | Path, captions: Iterable[str], seed: int = 0) -> P
     Raises:
         FileExistsError: `folder` is there.
     """
-
-    def fill(draft: Path, home: Path) -> None:
+    folder = Path(folder).resolve()
+    with drafted(folder) as draft:
         vocabulary = _write_tokenizer(draft, captions)
         _text_config(vocabulary).save_pretrained(draft)
-        _write_config(draft, home)
+        config = _write_config(draft, folder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _build(draft)
+            model = _build(config, draft)
         _save_weights(model.state_dict(), draft)
-
-    return _write_folder(folder, fill)
+    return folder
 
 
 def warm_start(folder: str | Path, model_folder: str | Path, checkpoint: str | Path) -> Path:
@@ -71,31 +70,13 @@ def warm_start(folder: str | Path, model_folder: str | Path, checkpoint: str | P
         FileExistsError: `folder` is there.
         FileNotFoundError: the model folder or the checkpoint is not.
     """
-
-    def fill(draft: Path, home: Path) -> None:
+    folder = Path(folder).resolve()
+    with drafted(folder) as draft:
         for file in Path(model_folder).iterdir():
             if file.name != WEIGHTS:
                 shutil.copy(file, draft)
-        _write_config(draft, home)
+        _write_config(draft, folder)
         _save_weights(load_state_dict(str(checkpoint)), draft)
-
-    return _write_folder(folder, fill)
-
-
-def _write_folder(folder: str | Path, fill: Callable[[Path, Path], None]) -> Path:
-    """Have `fill(draft, folder)` write a draft that takes the folder's name once it is whole."""
-    folder = Path(folder).resolve()
-    if folder.exists():
-        raise FileExistsError(f"folder {folder} exists; expected a new one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fill(draft, folder)
-        draft.chmod(folder.parent.stat().st_mode & 0o777)
-        os.rename(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
     return folder
 
 
@@ -131,8 +112,8 @@ def _text_config(vocabulary: int) -> BertConfig:
     )
 
 
-def _write_config(folder: Path, home: Path) -> None:
-    """Write open_clip_config.json for a folder that will stand at `home`."""
+def _write_config(draft: Path, folder: Path) -> dict[str, Any]:
+    """Write the model's configuration into a draft, for the folder it will become; returns it."""
     config = {
         "model_cfg": {
             "embed_dim": _WIDTH,
@@ -145,8 +126,8 @@ def _write_config(folder: Path, home: Path) -> None:
                 "pool_type": "avg",
             },
             "text_cfg": {
-                "hf_model_name": str(home),
-                "hf_tokenizer_name": str(home),
+                "hf_model_name": str(folder),
+                "hf_tokenizer_name": str(folder),
                 "hf_pooler_type": "mean_pooler",
                 "hf_proj_type": "linear",
                 "context_length": CONTEXT_LENGTH,
@@ -154,12 +135,12 @@ def _write_config(folder: Path, home: Path) -> None:
         },
         "preprocess_cfg": {"mean": [_MEAN] * 3, "std": [_STD] * 3},
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    (draft / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    return config["model_cfg"]
 
 
-def _build(draft: Path) -> torch.nn.Module:
-    """The model of a draft, whose configuration names the folder it will become, with random weights."""
-    config = json.loads((draft / "open_clip_config.json").read_text())["model_cfg"]
+def _build(config: dict[str, Any], draft: Path) -> torch.nn.Module:
+    """The model of a draft, with random weights."""
     text = {**config["text_cfg"], "hf_model_name": str(draft), "hf_model_pretrained": False}
     return open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text)
 

@@ -84,7 +84,9 @@ def alignment_weights(
     else:
         weights = _min_max_normalised(similarity, candidate)
         if method == "sparse":
-            sigma = 1 / candidate.sum(dim=-1, keepdim=True) if threshold is None else threshold
+            # In similarity's dtype: 1/3 rounded to float32 would drop a float64 1/3.
+            number = candidate.sum(dim=-1, keepdim=True, dtype=similarity.dtype)
+            sigma = 1 / number if threshold is None else threshold
             # `~(w < sigma)`, not `w >= sigma`: a NaN must stay in sight.
             weights = weights.where(~(weights < sigma), 0)
         weights = weights.masked_fill(~candidate, 0)
@@ -241,8 +243,9 @@ def _min_max_normalised(similarity: Tensor, usable: Tensor) -> Tensor:
 def _l2_normalised(features: Tensor) -> Tensor:
     """Unit vectors; a zero vector stays zero, and no eps swallows the gradient of tiny ones."""
     features = _full_precision(features)
-    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return features / norm.where(norm != 0, 1)
+    # The norm of a zero vector has no second derivative: let it have the norm of another.
+    is_zero = (features == 0).all(dim=-1, keepdim=True)
+    return features / torch.linalg.vector_norm(features.masked_fill(is_zero, 1), dim=-1, keepdim=True)
 
 
 def _full_precision(tensor: Tensor) -> Tensor:
