@@ -472,6 +472,13 @@ def test_large_and_tiny_features_give_the_same_loss_as_ordinary_ones() -> None:
         close(scaled.loss(), batch.loss(), 1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-40])
+def test_vectors_whose_squares_vanish_in_float32_give_a_finite_loss(scale: float) -> None:
+    batch = float32_batch()
+    for name in ("patch_features", "token_features"):
+        assert batch.but(**{name: getattr(batch, name) * scale}).loss().isfinite()
+
+
 # Bad input
 
 
@@ -576,3 +583,8 @@ def float32_batch() -> Batch:
 def sample(batch: Batch, index: int) -> dict[str, Tensor]:
     """The tensors of one pair of the batch, as a batch of one."""
     return {name: value[index : index + 1] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+
+
+def test_a_logit_scale_of_several_elements_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"logit_scale has shape \[3\]; expected one element, 1/tau"):
+        lengths_batch([3, 2]).but(logit_scale=torch.ones(3)).loss()

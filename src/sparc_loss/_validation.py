@@ -1,6 +1,8 @@
 """Checks of what callers hand in: each raises one error naming the argument, what was found and what was expected."""
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,10 +16,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: float, minimum: float, maximum: float = float("inf")) -> None:
-    """Raise TypeError unless `value` is a real number, ValueError unless it lies in [minimum, maximum]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Raise TypeError unless `value` is a real number, ValueError unless it is finite and in [minimum, maximum]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a number")
-    if not minimum <= value <= maximum:
+    if not minimum <= value <= maximum or not math.isfinite(value):
         expected = f"at least {minimum}" if maximum == float("inf") else f"between {minimum} and {maximum}"
         raise ValueError(f"{name} is {value}; expected a number {expected}")
 

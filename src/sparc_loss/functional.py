@@ -6,8 +6,8 @@ Letters, here and everywhere: B image-text pairs, P patches of an image, L token
 space that images and texts share. Everything is computed in float32 at least, whatever the autocast: in bfloat16 the
 arg-min of Eq. 2 flips and the gradient is wrong by a tenth. Float64 stays float64.
 
-Finite features give a finite loss as long as their products fit float32 (magnitudes up to about 1e18). NaN or infinite
-features are never hidden: they make the loss NaN.
+Finite features give a finite loss as long as their products fit float32 (magnitudes from about 1e-18 to 1e18). NaN or
+infinity in the image, or in a token that counts, is never hidden: it makes the loss NaN.
 """
 
 from typing import Literal
@@ -87,8 +87,7 @@ def alignment_weights(
             # In similarity's dtype: 1/3 rounded to float32 would drop a float64 1/3.
             number = candidate.sum(dim=-1, keepdim=True, dtype=similarity.dtype)
             sigma = 1 / number if threshold is None else threshold
-            # `~(w < sigma)`, not `w >= sigma`: a NaN must stay in sight.
-            weights = weights.where(~(weights < sigma), 0)
+            weights = weights.where(weights >= sigma, 0)
         weights = weights.masked_fill(~candidate, 0)
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights.masked_fill(~usable, 0)
@@ -135,11 +134,13 @@ def sequence_contrastive_loss(
 
     Raises:
         TypeError: features not floating point, a mask not bool.
-        ValueError: wrong shapes or devices, an unknown reduction.
+        ValueError: wrong shapes or devices, an unknown reduction, a logit_scale of several elements.
     """
     check_features("b l d, b l d", grouped=grouped, token_features=token_features)
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
     check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
     cosine = _einsum(_l2_normalised(grouped), _l2_normalised(token_features), "b j d, b k d -> b j k")
     logits = cosine * logit_scale
 
@@ -243,8 +244,11 @@ def _min_max_normalised(similarity: Tensor, usable: Tensor) -> Tensor:
 def _l2_normalised(features: Tensor) -> Tensor:
     """Unit vectors; a zero vector stays zero, and no eps swallows the gradient of tiny ones."""
     features = _full_precision(features)
+    # Scaled to a largest component of 1, squares neither overflow nor vanish; a unit vector is the same at any scale.
+    largest = features.detach().abs().amax(dim=-1, keepdim=True)
+    is_zero = largest == 0
+    features = features / largest.masked_fill(is_zero, 1)
     # The norm of a zero vector has no second derivative: let it have the norm of another.
-    is_zero = (features == 0).all(dim=-1, keepdim=True)
     return features / torch.linalg.vector_norm(features.masked_fill(is_zero, 1), dim=-1, keepdim=True)
 
 

@@ -96,6 +96,12 @@ def test_a_start_and_an_end(tmp_path: Path) -> None:
     assert mask(tokenizer, "a red dog", "all") == "11111..."
 
 
+def test_an_end_that_the_tokenizer_knows_but_does_not_write(tmp_path: Path) -> None:
+    tokenizer = hf_tokenizer(tmp_path, None, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    for tokens in ("words", "all"):
+        assert mask(tokenizer, "a red dog", tokens) == "111....."
+
+
 def test_nothing_but_padding(tmp_path: Path) -> None:
     tokenizer = hf_tokenizer(tmp_path, None, pad_token="[PAD]", unk_token="[UNK]")
     for tokens in ("words", "all"):

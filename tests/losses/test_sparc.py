@@ -361,3 +361,14 @@ class Refuses(nn.Module):
 
     def forward(self, **_: object) -> None:
         raise AssertionError("called")
+
+
+def test_a_global_loss_of_another_world_size_is_refused() -> None:
+    other = ClipLoss(world_size=4, gather_with_grad=True)
+    with pytest.raises(ValueError, match="global_loss has world_size 4; expected the same as SparcLoss, 1"):
+        SparcLoss(global_loss=other)
+
+
+def test_an_infinite_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="fine_grained_weight is inf; expected a number at least 0"):
+        SparcLoss(fine_grained_weight=float("inf"))

@@ -16,8 +16,9 @@ class TokenConventions:
     """What a tokenizer puts around the words of a caption.
 
     Attributes:
-        end_id: ends the caption where nothing after it can be a word: a pad id may then be a word's id as well
-            (SimpleTokenizer's 0 is "!") or the end's own (SigLIP's 1). None where padding is known by `pad_id`.
+        end_id: ends the caption where nothing after it can be a word: the pad id may then be a word's id as well
+            (SimpleTokenizer's 0 is a "!" within a word) or the end's own (SigLIP's 1). None where `pad_id` alone
+            tells padding.
         pad_id: fills up the context; looked at only where `end_id` is None.
         special_ids: start, end and separator ids, which are no words.
     """

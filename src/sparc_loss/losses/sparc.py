@@ -39,7 +39,8 @@ class SparcLoss(nn.Module):
     Raises:
         TypeError: a weight, threshold or scale that is no number.
         ValueError: a negative weight, a threshold outside [0, 1], a scale not above 0, an unknown `alignment`,
-            `reduction` or `implementation`; `world_size > 1` without `gather_with_grad=True`.
+            `reduction` or `implementation`; `world_size > 1` without `gather_with_grad=True`, or a `global_loss`
+            of another world_size.
         ImportError: `global_loss` is None and open_clip is not installed.
 
     Example:
@@ -81,6 +82,10 @@ class SparcLoss(nn.Module):
                 f"gather_with_grad is False with world_size {world_size}; expected True: without it the global "
                 f"loss's gradient is 1/{world_size} of one process's, and its ratio to the fine-grained one changes "
                 "with the number of processes (local_loss may be either)"
+            )
+        if getattr(global_loss, "world_size", world_size) != world_size:
+            raise ValueError(
+                f"global_loss has world_size {global_loss.world_size}; expected the same as SparcLoss, {world_size}"
             )
 
         self.global_weight = global_weight
@@ -165,7 +170,7 @@ class SparcLoss(nn.Module):
         if self.global_weight == 0 and not others:
             # DistributedDataParallel waits for the gradient of every parameter: keep what only this half uses.
             used = [image_features, text_features, logit_scale, logit_bias]
-            return {"contrastive_loss": 0 * sum(tensor.float().sum() for tensor in used if tensor is not None)}
+            return {"contrastive_loss": 0 * sum(each.float().sum() for each in used if isinstance(each, Tensor))}
         # CoCaLoss and DistillClipLoss know no logit_bias.
         bias = {} if logit_bias is None else {"logit_bias": logit_bias}
         terms = self.global_loss(
@@ -206,9 +211,6 @@ class SparcLoss(nn.Module):
             everywhere = here.clone()
             dist.all_reduce(everywhere)
             loss = loss * here * self.world_size / everywhere.clamp(min=1)
-        if self.fine_grained_scale is not None:
-            # logit_scale stays in the graph (DistributedDataParallel), should the global half be off as well.
-            loss = loss + 0 * logit_scale.sum()
         return self.fine_grained_weight * loss
 
 

@@ -1,0 +1,59 @@
+"""`make train`, small, as a real process."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import run_python
+
+MEASURES = {
+    "image_to_text_recall",
+    "text_to_image_recall",
+    "colour_word_pointing",
+    "kind_word_pointing",
+    "phrase_pointing",
+    "mean_iou",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    small = ("--scenes", "128", "--start-epochs", "1", "--epochs", "1")
+    finished = run_python("-m", "examples.digit_scenes", "--runs", str(runs), *small)
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout, next(runs.iterdir())
+
+
+def test_it_ends_with_a_table_of_every_measure_for_start_clip_sparc_and_chance(finished):
+    output, run = finished
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == ["start", "CLIP", "SPARC", "chance"]
+    assert all(set(column) == MEASURES and all(0 <= x <= 1 for x in column.values()) for column in results.values())
+    assert (run / "table.md").read_text() in output
+
+
+def test_it_draws_what_words_select(finished):
+    _, run = finished
+    assert (run / "words.png").stat().st_size > 10_000
+
+
+def test_sparc_and_the_control_start_from_the_same_checkpoint(finished):
+    _, run = finished
+    parameters = {name: (run / "logs" / name / "params.txt").read_text() for name in ("CLIP", "SPARC")}
+    assert all(f"model: local-dir:{run / 'models' / 'start'}" in text for text in parameters.values())
+    assert "loss: sparc" in parameters["SPARC"]
+    assert "loss: clip" in parameters["CLIP"]
+
+
+def test_the_models_are_folders_that_open_clip_loads(finished):
+    _, run = finished
+    code = f"import open_clip; print(type(open_clip.create_model('local-dir:{run / 'models' / 'SPARC'}')).__name__)"
+    loaded = run_python("-c", code)
+    assert loaded.stdout.split()[-1] == "CustomTextCLIP", loaded.stdout
+
+
+def test_the_run_has_a_folder_of_its_own(finished):
+    _, run = finished
+    assert run.name.startswith("digit-scenes-")
+    assert Path(run.parent / run.name / "data" / "train.csv").is_file()
