@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import pytest
 import torch
+import transformers
 from open_clip import CLIP, CustomTextCLIP
 from open_clip.tokenizer import HFTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -40,11 +43,13 @@ POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 
 
 def clip(vision: str = "ViT tok", text: str = "argmax", **options: Any) -> CLIP:
+    _skip_where_open_clip_lacks(text)
     torch.manual_seed(1)
     return CLIP(_embed_dim(vision), VISION[vision], TEXT[text], **options)
 
 
 def custom_text_clip(vision: str = "ViT tok", text: str = "argmax", **options: Any) -> CustomTextCLIP:
+    _skip_where_open_clip_lacks(text)
     torch.manual_seed(1)
     return CustomTextCLIP(_embed_dim(vision), VISION[vision], TEXT[text], **options)
 
@@ -86,6 +91,8 @@ class ToyTokenizer:
 
 def hf_tokenizer(folder: Path, template: str | None, **special: str) -> HFTokenizer:
     """open_clip's tokenizer over words, saved in `folder`; `template` puts specials around a caption ("$A")."""
+    if open_clip.__version__ < "3.3" and transformers.__version__ >= "5":
+        pytest.skip("open_clip's HFTokenizer works with transformers 5 from 3.3.0 on")
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -98,6 +105,11 @@ def hf_tokenizer(folder: Path, template: str | None, **special: str) -> HFTokeni
 
 def ids_of(tokenizer: HFTokenizer) -> dict[str, int]:
     return json.loads(tokenizer.tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
+
+
+def _skip_where_open_clip_lacks(text: str) -> None:
+    if text.startswith("eos") and open_clip.__version__ < "3.1":
+        pytest.skip("open_clip pools text at an eos from 3.1.0 on")
 
 
 def _embed_dim(vision: str) -> int:
