@@ -10,13 +10,13 @@ from sklearn.datasets import load_digits
 from sparc_loss import SparcLoss, surface_embeddings
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-STEPS, BATCH_SIZE = 10, 16
+STEPS, BATCH_SIZE = 5, 8
 
 model, preprocess, _ = open_clip.create_model_and_transforms("ViT-S-32")
 tokenizer = open_clip.get_tokenizer("ViT-S-32")
 surface_embeddings(model, tokenizer)
 loss = SparcLoss()
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 digits = load_digits()
 model.train()

@@ -1,7 +1,9 @@
 """A model of the scenes' size, as a folder that open_clip takes for `local-dir:FOLDER`, without any download.
 
-Vision is open_clip's VisionTransformer over 8 x 8 patches, average-pooled. Text is a small BERT, average-pooled as in
-the paper (open_clip's own text towers pool one token), whose tokens are whole words: token i of a caption is word i.
+Vision is open_clip's VisionTransformer over 8 x 8 patches, average-pooled before its last norm, so that a patch can
+weigh more than another. Text is a small causal BERT, average-pooled as in the paper (open_clip's own text towers pool
+one token), whose tokens are whole words: token i of a caption is word i. Few layers, and no word that sees the words
+after it, keep words and patches about themselves: with more, each tells the whole, and CLIP points nowhere.
 """
 
 import json
@@ -100,7 +102,8 @@ def _text_config(vocabulary: int) -> BertConfig:
     return BertConfig(
         vocab_size=vocabulary,
         hidden_size=_WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
+        is_decoder=True,
         num_attention_heads=_WIDTH // _HEAD_WIDTH,
         intermediate_size=4 * _WIDTH,
         max_position_embeddings=CONTEXT_LENGTH,
@@ -122,8 +125,9 @@ def _write_config(draft: Path, folder: Path) -> dict[str, Any]:
                 "patch_size": _PATCH_SIZE,
                 "width": _WIDTH,
                 "head_width": _HEAD_WIDTH,
-                "layers": 4,
+                "layers": 2,
                 "pool_type": "avg",
+                "final_ln_after_pool": True,
             },
             "text_cfg": {
                 "hf_model_name": str(folder),
