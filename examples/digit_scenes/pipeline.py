@@ -56,14 +56,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.digit_scenes", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="parent of the run's folder (%(default)s)")
     parser.add_argument("--scenes", type=int, default=SIZES["train"], help="training scenes (%(default)s)")
-    parser.add_argument("--start-epochs", type=int, default=4, help="of CLIP from scratch (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=1, help="of SPARC, and of CLIP continued (%(default)s)")
+    parser.add_argument("--start-epochs", type=int, default=2, help="of CLIP from scratch (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="of SPARC, and of CLIP continued (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     parser.add_argument(
-        "--sparc",
-        nargs=argparse.REMAINDER,
-        default=["--sparc-threshold", "0.5", "--sparc-scale", "10"],
-        help="last: flags for the SPARC stage, instead of: --sparc-threshold 0.5 --sparc-scale 10",
+        "--sparc", nargs=argparse.REMAINDER, default=[], help="last: --sparc-... flags for that stage (the paper's)"
     )
     return parser.parse_args(argv)
 
