@@ -118,14 +118,13 @@ def best_background_threshold(embeddings: Embeddings, scenes: Annotations) -> fl
     return thresholds[int(np.argmax(ious))]
 
 
-def write_report(run: Path, models: Mapping[str, Path], data: Path, picture_scenes: Sequence[int] = (0, 1)) -> str:
+def write_report(run: Path, models: Mapping[str, Path], data: Path) -> str:
     """Measure the models on the test split; write results.json, table.md and words.png into `run`.
 
     Args:
         run: where to write.
         models: column of the table -> local-dir folder.
         data: what `write_dataset` wrote.
-        picture_scenes: test scenes to draw.
 
     Returns:
         The table, in Markdown.
@@ -140,33 +139,44 @@ def write_report(run: Path, models: Mapping[str, Path], data: Path, picture_scen
     (run / "results.json").write_text(json.dumps(columns, indent=2))
     table = _table(columns)
     (run / "table.md").write_text(table)
-    draw_words(run / "words.png", {name: embedded[name] for name in ("CLIP", "SPARC")}, test, picture_scenes)
+    draw_words(run / "words.png", {name: embedded[name] for name in ("CLIP", "SPARC")}, test, first_scenes(test))
     return table
 
 
 def draw_words(path: Path, models: Mapping[str, Embeddings], scenes: Annotations, chosen: Sequence[int]) -> None:
-    """Draw which patches each word of some captions selects (Eqs. 2-4), one row of maps per model."""
-    words = {index: scenes.captions[index].split() for index in chosen}
-    columns = 1 + max(len(each) for each in words.values())
+    """Draw what the words that name colours and kinds select: the scene, lit by each word's weights (Eqs. 2-4)."""
+    named = {index: sorted({w for each in scenes.objects[index] for w in each.words.values()}) for index in chosen}
+    columns = 1 + max(map(len, named.values()))
     rows = len(chosen) * len(models)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.05 * columns, 1.3 * rows), squeeze=False, dpi=110)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, dpi=100)
     for axis in axes.flat:
         axis.axis("off")
     for block, index in enumerate(chosen):
-        picture = np.asarray(Image.open(scenes.images[index]))
+        picture = np.asarray(Image.open(scenes.images[index])) / 255
+        words = scenes.captions[index].split()
         for line, (name, embeddings) in enumerate(models.items()):
             row = axes[block * len(models) + line]
             row[0].imshow(picture)
-            row[0].set_title(name, fontsize=9, fontweight="bold")
+            row[0].set_title(name, fontsize=10, fontweight="bold")
             similarity = token_patch_similarity(embeddings.token_features[[index]], embeddings.patch_features[[index]])
             weights = rearrange(alignment_weights(similarity)[0], "l (h w) -> l h w", h=embeddings.grid[0])
-            for axis, word, weight in zip(row[1:], words[index], weights, strict=False):
-                axis.imshow(picture)
-                axis.imshow(weight, cmap="inferno", alpha=0.65, extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0))
-                axis.set_title(word, fontsize=9)
-    figure.tight_layout(pad=0.4)
+            for axis, word in zip(row[1:], named[index], strict=False):
+                axis.imshow(picture * _light(weights[word])[..., None])
+                axis.set_title(words[word].strip(","), fontsize=10)
+    figure.tight_layout(pad=0.3)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _light(weights: Tensor) -> np.ndarray:
+    """Weights [h, w] as the brightness of each pixel: 1 at the highest, nearly dark at half of it and below."""
+    brightness = (weights / weights.max()).clamp(min=0.5) * 2 - 1
+    return 0.12 + 0.88 * np.kron(brightness.numpy(), np.ones((IMAGE_SIZE // len(weights),) * 2))
+
+
+def first_scenes(scenes: Annotations, number: int = 2, objects: int = 3) -> list[int]:
+    """The first scenes of so many objects: a rule, so that no picture is picked for its beauty."""
+    return [index for index, each in enumerate(scenes.objects) if len(each) == objects][:number]
 
 
 def _word_pointing(embeddings: Embeddings, scenes: Annotations, says: str) -> PointingGame:
