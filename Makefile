@@ -17,6 +17,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.10 is needed, found " + sys.version.split()[0]) \
 		if sys.version_info < (3, 10) else None'
+	@echo "Installing into $(VENV), which takes some minutes the first time ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --progress-bar off --quiet --editable '.[test]'
