@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import open_clip
 import pytest
+import timm
 import torch
 import transformers
-from open_clip import CLIP, CustomTextCLIP
+from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.tokenizer import HFTokenizer
+from open_clip.utils import to_2tuple
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerFast
@@ -20,18 +23,61 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = ("a", "red", "dog", "runs", "!")
 
 VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": (16, 24)}
+ATTENTIONAL = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}
+TIMM_VIT = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": (32, 48)}
+# What makes timm's models small; open_clip builds them by name alone.
+SHRUNKEN: dict[str, dict[str, Any]] = {
+    "vit_base_patch16_siglip_224": TIMM_VIT,
+    "vit_large_patch14_clip_224": {**TIMM_VIT, "img_size": (28, 42)},
+    "vit_medium_patch16_gap_256": TIMM_VIT,
+    "vit_relpos_medium_patch16_cls_224": TIMM_VIT,
+    "vit_base_mci_224": {"depth": 1, "img_size": (32, 48)},
+    "vitamin_small_224": {"depth": 1, "img_size": (32, 48)},
+    "eva02_base_patch16_clip_224": TIMM_VIT,
+    "vit_pe_core_tiny_patch16_384": TIMM_VIT,
+    "vit_pe_core_gigantic_patch14_448": {**TIMM_VIT, "img_size": (28, 42)},
+    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
+    "fastvit_mci0": {"layers": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64)},
+    "swin_base_patch4_window7_224": {
+        "embed_dim": 8,
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 1, 1, 1),
+        "img_size": (128, 160),
+    },
+}
+
+
+def _timm(name: str, pool: str = "", proj: str | None = "linear", **options: Any) -> dict[str, Any]:
+    image_size = SHRUNKEN.get(name, {}).get("img_size", (128, 160))
+    return {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": image_size, **options}
+
+
 VISION: dict[str, dict[str, Any]] = {
     "ViT tok": VIT,
     "ViT avg": {**VIT, "pool_type": "avg"},
     "ViT tok, final_ln_after_pool": {**VIT, "final_ln_after_pool": True},
     "ViT avg, final_ln_after_pool": {**VIT, "pool_type": "avg", "final_ln_after_pool": True},
-    "timm ViT token": {"timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160},
-    "timm ViT avg": {"timm_model_name": "test_vit", "timm_pool": "avg", "image_size": 160},
-    "timm ViT avg, fc_norm": {"timm_model_name": "test_vit2", "timm_pool": "avg", "image_size": 160},
-    "timm ViT map": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
-    "timm ViT map, linear": {"timm_model_name": "test_vit3", "timm_pool": "map", "image_size": 160},
-    "timm ViT avg, mlp": {"timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "mlp", "image_size": 160},
+    "ViT attentional": {**VIT, **ATTENTIONAL},
+    "ViT attentional, same width": {**VIT, **ATTENTIONAL, "width": 16, "head_width": 8},
+    "ModifiedResNet": {"layers": (1, 1, 1, 1), "width": 8, "head_width": 8, "image_size": 128},
+    "timm ViT map": _timm("vit_base_patch16_siglip_224", "map", "none"),
+    "timm ViT map, linear": _timm("vit_base_patch16_siglip_224", "map"),
+    "timm ViT token": _timm("vit_large_patch14_clip_224", "token", None),
+    "timm ViT avg, fc_norm": _timm("vit_large_patch14_clip_224", "avg", "mlp"),
+    "timm ViT gap": _timm("vit_medium_patch16_gap_256"),
+    "timm ViT relpos": _timm("vit_relpos_medium_patch16_cls_224"),
+    "timm ViT MobileCLIP": _timm("vit_base_mci_224", "token", None),
+    "timm ViT ViTamin": _timm("vitamin_small_224"),
+    "Eva": _timm("eva02_base_patch16_clip_224", "token", None),
+    "Eva PE": _timm("vit_pe_core_tiny_patch16_384", "map", None),
+    "Eva PE, no class token": _timm("vit_pe_core_gigantic_patch14_448", "map", None),
+    "ConvNeXt": _timm("convnext_tiny"),
+    "ConvNeXt, mlp": _timm("convnext_tiny", proj="mlp"),
+    "FastViT": _timm("fastvit_mci0", "avg", None),
+    "Swin": _timm("swin_base_patch4_window7_224"),
 }
+# Height and width of the grid of patches; (2, 3) where not named.
+GRIDS = {"ModifiedResNet": (4, 4), "ConvNeXt": (4, 5), "ConvNeXt, mlp": (4, 5), "FastViT": (4, 5), "Swin": (4, 5)}
 TRANSFORMER = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 32, "heads": 2, "layers": 2}
 TEXT: dict[str, dict[str, Any]] = {
     "argmax": TRANSFORMER,
@@ -39,37 +85,61 @@ TEXT: dict[str, dict[str, Any]] = {
     "last, not causal": {**TRANSFORMER, "pool_type": "last", "no_causal_mask": True},
     "first, no projection": {**TRANSFORMER, "width": EMBED_DIM, "pool_type": "first", "proj_type": "none"},
 }
+# What TextTransformer can be and CLIP's own text tower cannot.
+CUSTOM_TEXT = {**TEXT, "class token": {**TRANSFORMER, "embed_cls": True}}
 POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 
 
 def clip(vision: str = "ViT tok", text: str = "argmax", **options: Any) -> CLIP:
-    _skip_where_open_clip_lacks(text)
-    torch.manual_seed(1)
-    return CLIP(_embed_dim(vision), VISION[vision], TEXT[text], **options)
+    return _build(CLIP, _embed_dim(vision), VISION[vision], _text(text), **options)
 
 
 def custom_text_clip(vision: str = "ViT tok", text: str = "argmax", **options: Any) -> CustomTextCLIP:
-    _skip_where_open_clip_lacks(text)
-    torch.manual_seed(1)
-    return CustomTextCLIP(_embed_dim(vision), VISION[vision], TEXT[text], **options)
+    return _build(CustomTextCLIP, _embed_dim(vision), VISION[vision], _text(text), **options)
 
 
-def hf_clip(folder: Path, pooler: str = "mean_pooler", projection: str = "linear") -> CustomTextCLIP:
-    """With a tiny BERT, dropout and all, as its text tower."""
+def coca(vision: str = "ViT attentional", text: dict[str, Any] | None = None, **options: Any) -> CoCa:
+    """open_clip's CoCa, whose towers return their tokens as well, for the decoder; both as wide as the decoder."""
+    # The attentional pooler projects the image tokens; without it they keep the tower's width.
+    width = EMBED_DIM if VISION[vision].get("attentional_pool") else VISION[vision]["width"]
+    text = text or {**CUSTOM_TEXT["class token"], "width": width}
+    decoder = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": width, "heads": 2, "layers": 1}
+    towers = {**text, "output_tokens": True}, {**VISION[vision], "output_tokens": True}
+    model = _build(CoCa, EMBED_DIM, decoder, *towers, **options)
+    # open_clip leaves this one to whatever the memory held.
+    nn.init.normal_(model.text_decoder.text_projection, std=width**-0.5)
+    return model
+
+
+def _build(model_class: type[nn.Module], *configs: Any, **options: Any) -> Any:
+    create_model = timm.create_model
+
+    def create_shrunken(name: str, **arguments: Any) -> nn.Module:
+        return create_model(name, **arguments, **SHRUNKEN.get(name, {}))
+
     torch.manual_seed(1)
+    with patch.object(timm, "create_model", create_shrunken):
+        return model_class(*configs, **options)
+
+
+def hf_text(folder: Path, pooler: str = "mean_pooler", projection: str = "linear") -> dict[str, Any]:
+    """The configuration of a tiny BERT, dropout and all, saved in `folder`."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, pad_token_id=0, **sizes).save_pretrained(folder)
-    text = {
+    return {
         "hf_model_name": str(folder),
         "hf_model_pretrained": False,
         "hf_pooler_type": pooler,
         "hf_proj_type": projection,
     }
-    return CustomTextCLIP(EMBED_DIM, VIT, text)
+
+
+def hf_clip(folder: Path, pooler: str = "mean_pooler", projection: str = "linear") -> CustomTextCLIP:
+    return _build(CustomTextCLIP, EMBED_DIM, VIT, hf_text(folder, pooler, projection))
 
 
 def images_for(model: nn.Module, number: int = 2) -> Tensor:
-    height, width = model.visual.image_size
+    height, width = to_2tuple(model.visual.image_size)
     return torch.randn(number, 3, height, width, generator=torch.Generator().manual_seed(2))
 
 
@@ -107,11 +177,12 @@ def ids_of(tokenizer: HFTokenizer) -> dict[str, int]:
     return json.loads(tokenizer.tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
 
 
-def _skip_where_open_clip_lacks(text: str) -> None:
-    if text.startswith("eos") and open_clip.__version__ < "3.1":
+def _text(name: str) -> dict[str, Any]:
+    if name.startswith("eos") and open_clip.__version__ < "3.1":
         pytest.skip("open_clip pools text at an eos from 3.1.0 on")
+    return CUSTOM_TEXT[name]
 
 
 def _embed_dim(vision: str) -> int:
     # Without a projection of its own the timm tower sets the dimension.
-    return 96 if VISION[vision].get("timm_proj") == "none" else EMBED_DIM
+    return TIMM_VIT["embed_dim"] if VISION[vision].get("timm_proj") == "none" else EMBED_DIM

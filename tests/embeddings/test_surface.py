@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from open_clip import CLIP, CustomTextCLIP
-from open_clip.coca_model import CoCa
+from open_clip import CLIP, CoCa, CoCaLoss, CustomTextCLIP
 from tiny_models import (
+    CUSTOM_TEXT,
     EMBED_DIM,
     POOLERS,
     TEXT,
@@ -21,8 +21,10 @@ from tiny_models import (
     ToyTokenizer,
     captions,
     clip,
+    coca,
     custom_text_clip,
     hf_clip,
+    hf_text,
     images_for,
 )
 from torch import Tensor, nn
@@ -34,12 +36,15 @@ EXTRA = {"patch_features", "token_features", "token_mask"}
 MODELS: dict[str, Callable[[Path], nn.Module]] = {
     **{f"CLIP, {vision}": lambda _, vision=vision: clip(vision) for vision in VISION},
     **{f"CLIP, text {text}": lambda _, text=text: clip(text=text) for text in TEXT},
-    **{f"CustomTextCLIP, text {text}": lambda _, text=text: custom_text_clip(text=text) for text in TEXT},
+    **{f"CustomTextCLIP, text {text}": lambda _, text=text: custom_text_clip(text=text) for text in CUSTOM_TEXT},
     "CustomTextCLIP, timm ViT map": lambda _: custom_text_clip("timm ViT map"),
     "CustomTextCLIP, SigLIP's bias": lambda _: custom_text_clip(init_logit_bias=-10.0),
     "CLIP, logit_scale of shape [1]": lambda _: clip(nonscalar_logit_scale=True, init_logit_bias=-10.0),
     **{f"HF, {pooler}": lambda folder, pooler=pooler: hf_clip(folder, pooler) for pooler in POOLERS},
     "HF, mean_pooler, mlp": lambda folder: hf_clip(folder, projection="mlp"),
+    "CoCa": lambda _: coca(),
+    "CoCa, ViT tok": lambda _: coca("ViT tok"),
+    "CoCa, HF": lambda folder: coca("ViT tok", hf_text(folder)),
 }
 
 
@@ -47,7 +52,8 @@ MODELS: dict[str, Callable[[Path], nn.Module]] = {
 def plain(request: pytest.FixtureRequest, tmp_path: Path) -> nn.Module:
     """A model as open_clip makes it, returning dictionaries as open_clip_train asks it to."""
     model = MODELS[request.param](tmp_path)
-    model.output_dict = True
+    if not isinstance(model, CoCa):
+        model.output_dict = True
     return model
 
 
@@ -97,8 +103,8 @@ def test_shapes_of_the_embeddings(plain: nn.Module) -> None:
     images, texts = images_for(plain, number=3), captions(3)
     output = run(surfaced_copy(plain).train(), images, texts)
     dim = output["image_features"].shape[-1]
-    patches = images.shape[-2] * images.shape[-1] // (8 * 8 if images.shape[-1] < 100 else 16 * 16)
-    assert output["patch_features"].shape == (3, patches, dim)
+    height, width = surface_embeddings(plain, ToyTokenizer()).encode_patches(images)[1]
+    assert output["patch_features"].shape == (3, height * width, dim)
     assert output["token_features"].shape == (3, texts.shape[1], dim)
     assert output["token_mask"].shape == texts.shape
     assert output["token_mask"].dtype == torch.bool
@@ -114,19 +120,47 @@ def test_the_encoders_run_once_per_step(plain: nn.Module) -> None:
 
         return hook
 
-    trunk = getattr(surfaced.visual, "trunk", None)
-    last_block = trunk.blocks[-1] if trunk is not None else surfaced.visual.transformer
-    last_block.register_forward_hook(count("image"))
     text_tower = surfaced if isinstance(surfaced, CLIP) else surfaced.text
-    text_tower.transformer.register_forward_hook(count("text"))
+    for kind, tower, first in (("image", surfaced.visual, nn.Conv2d), ("text", text_tower, nn.Embedding)):
+        next(module for module in tower.modules() if isinstance(module, first)).register_forward_hook(count(kind))
     run(surfaced, images_for(surfaced), captions())
     assert calls == {"image": 1, "text": 1}
+
+
+def test_statistics_of_batches_move_as_the_unswapped_models(plain: nn.Module) -> None:
+    surfaced = surfaced_copy(plain).train()
+    for model in (plain.train(), surfaced):
+        run(model, images_for(model), captions())
+    for (name, expected), buffer in zip(plain.named_buffers(), surfaced.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+
+
+# Parameters that serve the pooled feature alone.
+POOLING_ONLY = (
+    r"visual\.attn_pool\.(query|ln_q\..*|attn\.[qk]_proj_weight)",  # CoCa's queries and keys
+    r"visual\.attnpool\.(positional_embedding|[qk]_proj\..*)",  # ModifiedResNet's attention
+    r"text\.transformer\.pooler\..*",  # BERT's, of its first token
+    r"text_decoder\..*",
+    "logit_scale",
+    "logit_bias",
+)
+
+
+def test_gradients_reach_every_parameter_that_patches_and_tokens_use(plain: nn.Module) -> None:
+    surfaced = surfaced_copy(plain).train()
+    output = run(surfaced, images_for(plain), captions())
+    (output["patch_features"].square().sum() + output["token_features"].square().sum()).backward()
+    without = {name for name, parameter in surfaced.named_parameters() if parameter.grad is None}
+    assert all(re.fullmatch("|".join(POOLING_ONLY), name) for name in without), without
+    finite = (parameter.grad.isfinite().all() for parameter in surfaced.parameters() if parameter.grad is not None)
+    assert all(finite)
 
 
 def test_every_parameter_that_trains_in_clip_trains_under_sparc(plain: nn.Module) -> None:
     inputs = images_for(plain), captions(3)[1:]
     surfaced = surfaced_copy(plain).train()
-    SparcLoss()(**run(surfaced, *inputs)).backward()
+    global_loss = CoCaLoss(caption_loss_weight=1, clip_loss_weight=1) if isinstance(plain, CoCa) else None
+    SparcLoss(global_loss=global_loss)(**run(surfaced, *inputs)).backward()
     output = run(plain.train(), *inputs)
     sum(value.sum() for value in output.values()).backward()
     for (name, ours), clips in zip(surfaced.named_parameters(), plain.parameters(), strict=True):
@@ -140,6 +174,27 @@ def test_patch_dropout_leaves_the_pooled_features_alone() -> None:
     output = run(surfaced_copy(plain).train(), *inputs)
     assert torch.equal(output["image_features"], run(plain.train(), *inputs)["image_features"])
     assert output["patch_features"].shape == (2, 3, EMBED_DIM)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_coca_returns_labels_only_where_asked(labels: bool) -> None:
+    plain = coca().train()
+    inputs = images_for(plain), captions()
+    torch.manual_seed(5)
+    expected = plain(*inputs, output_labels=labels)
+    output = surfaced_copy(plain)(*inputs, output_labels=labels)
+    assert set(output) == set(expected) | EXTRA
+    assert torch.equal(output["logits"], expected["logits"])
+
+
+def test_cocas_generation_from_an_image_already_encoded_is_left_to_open_clip() -> None:
+    plain = coca().train()
+    encoded = plain(images_for(plain))
+    latent, embeddings = encoded["image_features"], encoded["image_embs"]
+    output = surfaced_copy(plain)(images_for(plain), captions(), latent, embeddings)
+    expected = plain(images_for(plain), captions(), latent, embeddings)
+    assert set(output) == set(expected)
+    assert torch.equal(output["logits"], expected["logits"])
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
@@ -233,6 +288,13 @@ def test_restore_gives_back_the_plain_model(output_dict: bool) -> None:
     assert type(model(images_for(model), captions())) is type(plain(images_for(plain), captions()))
 
 
+def test_restore_gives_back_a_coca_which_has_no_output_dict() -> None:
+    model = coca()
+    attributes = set(vars(model))
+    assert type(restore(surface_embeddings(model, ToyTokenizer()))) is CoCa
+    assert set(vars(model)) == attributes
+
+
 def test_restore_leaves_a_plain_model_alone() -> None:
     model = clip()
     assert restore(model) is model
@@ -242,7 +304,7 @@ def test_restore_leaves_a_plain_model_alone() -> None:
 @pytest.mark.parametrize(
     "round_trip", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("make", [clip, custom_text_clip])
+@pytest.mark.parametrize("make", [clip, custom_text_clip, coca])
 def test_copies_are_surfaced_too(make: Callable[[], nn.Module], round_trip: Callable) -> None:
     model = surface_embeddings(make(), ToyTokenizer()).train()
     again = round_trip(model)
@@ -252,11 +314,19 @@ def test_copies_are_surfaced_too(make: Callable[[], nn.Module], round_trip: Call
     assert all(torch.equal(copied[name], value) for name, value in output.items())
 
 
-def test_compiles() -> None:
+COMPILED = {
+    "CLIP": clip,
+    "CoCa": coca,
+    **{name: lambda name=name: clip(name) for name in ("ModifiedResNet", "Eva PE", "Swin")},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles(name: str) -> None:
     torch.compiler.reset()
-    model = surface_embeddings(clip(), ToyTokenizer()).train()
+    model = surface_embeddings(COMPILED[name](), ToyTokenizer()).train()
     inputs = images_for(model), captions()
-    output, compiled = model(*inputs), torch.compile(model, backend="eager")(*inputs)
+    output, compiled = run(model, *inputs), run(torch.compile(model, backend="eager"), *inputs)
     for name, value in output.items():
         torch.testing.assert_close(compiled[name], value)
 
@@ -288,54 +358,62 @@ def with_visual(config: dict) -> CLIP:
     return CLIP(EMBED_DIM, config, TRANSFORMER)
 
 
-REFUSED_MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "attentional pooler": (
-        lambda: with_visual({**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}),
-        "model.visual is a VisionTransformer with an attentional pooler; patch embeddings are known for",
-    ),
+def with_timm(name: str, pool: str = "avg") -> CLIP:
+    return with_visual({"timm_model_name": name, "timm_pool": pool, "image_size": 64})
+
+
+def with_positions_in_its_pool() -> CLIP:
+    model = clip("timm ViT map")
+    model.visual.trunk.attn_pool.pos_embed = nn.Parameter(torch.zeros(6, 32))
+    return model
+
+
+REFUSED_MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "no pooling": (
-        lambda: with_visual({**VIT, "pool_type": "none"}),
-        "model.visual is a VisionTransformer with pool_type 'none'; patch embeddings are known for",
+        lambda _: with_visual({**VIT, "pool_type": "none"}),
+        "model.visual is a VisionTransformer with pool_type 'none'; patch embeddings are known for open_clip's "
+        "VisionTransformer (pool_type 'tok' or 'avg', attentional_pool true or false), ModifiedResNet, and timm's "
+        "VisionTransformer, VisionTransformerRelPos, Eva, ConvNeXt, FastVit, SwinTransformer",
     ),
-    "ModifiedResNet": (
-        lambda: with_visual({"layers": (1, 1, 1, 1), "width": 8, "head_width": 8, "image_size": 32}),
-        "model.visual is a ModifiedResNet; patch embeddings are known for open_clip's VisionTransformer with 'tok' or",
+    "two attentional poolers": (
+        lambda _: with_visual({**VIT, "attentional_pool": "parallel", "attn_pooler_heads": 2}),
+        "model.visual is a VisionTransformer with attentional_pool 'parallel'; patch embeddings are known for",
     ),
-    "ConvNeXt": (
-        lambda: with_visual({"timm_model_name": "test_convnext", "timm_pool": "avg", "image_size": 64}),
-        "model.visual is a TimmModel with a ConvNeXt trunk; patch embeddings are known for",
+    "another timm trunk": (
+        lambda _: with_timm("test_resnet"),
+        "model.visual is a TimmModel with a ResNet trunk; patch embeddings are known for",
     ),
-    "class embedding": (
-        lambda: CustomTextCLIP(EMBED_DIM, VIT, {**TRANSFORMER, "embed_cls": True}),
-        "model.text is a TextTransformer with a class embedding; token embeddings are known for CLIP's own text tower",
+    "a pool of the adapter's own": (
+        lambda _: with_timm("test_convnext", pool="rot_attn"),
+        "model.visual is a TimmModel with a RotAttentionPool2d of its own; patch embeddings are known for",
     ),
-    "CoCa": (
-        lambda: CoCa(
-            EMBED_DIM,
-            {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1, "attn_pooler_heads": 2},
-            {**TRANSFORMER, "embed_cls": True, "output_tokens": True},
-            {**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-        ),
-        "model is a CoCa; expected open_clip's CLIP or CustomTextCLIP",
+    "a pool with positions": (
+        lambda _: with_positions_in_its_pool(),
+        "model.visual is a TimmModel with a AttentionPoolLatent that knows positions; patch embeddings are known for",
+    ),
+    "a max pooler": (
+        lambda folder: hf_clip(folder, "max_pooler"),
+        "model.text is a HFTextEncoder with a max_pooler, whose forward fails in open_clip itself; token embeddings "
+        "are known for CLIP's own text tower, TextTransformer, and HFTextEncoder with a mean_pooler, cls_pooler or",
     ),
     "another library's model": (
-        lambda: nn.Linear(2, 2),
-        "model is a Linear; expected open_clip's CLIP or CustomTextCLIP",
+        lambda _: nn.Linear(2, 2),
+        "model is a Linear; expected open_clip's CLIP, CustomTextCLIP or CoCa",
     ),
     "a compiled model": (
-        lambda: torch.compile(clip(), backend="eager"),
-        "model is a OptimizedModule; expected open_clip's CLIP or CustomTextCLIP; surface the model before it is",
+        lambda _: torch.compile(clip(), backend="eager"),
+        "model is a OptimizedModule; expected open_clip's CLIP, CustomTextCLIP or CoCa; surface the model before it",
     ),
     "a compiled surfaced model": (
-        lambda: torch.compile(surface_embeddings(clip(), ToyTokenizer()), backend="eager"),
+        lambda _: torch.compile(surface_embeddings(clip(), ToyTokenizer()), backend="eager"),
         "surface the model before it is wrapped",
     ),
     "TorchScript, scripted": (
-        lambda: torch.jit.script(clip()),
+        lambda _: torch.jit.script(clip()),
         "model is a RecursiveScriptModule, compiled by TorchScript, whose class cannot be swapped; expected an",
     ),
     "TorchScript, traced": (
-        lambda: torch.jit.trace(clip().eval(), (images_for(clip()), captions()), check_trace=False),
+        lambda _: torch.jit.trace(clip().eval(), (images_for(clip()), captions()), check_trace=False),
         "compiled by TorchScript, whose class cannot be swapped; expected an open_clip model created without jit "
         "(open_clip_train: without --torchscript and --trace)",
     ),
@@ -344,10 +422,15 @@ REFUSED_MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and says much about tracing.
 @pytest.mark.parametrize("name", REFUSED_MODELS)
-def test_a_model_that_is_not_covered_is_refused_by_name(name: str) -> None:
+def test_a_model_that_is_not_covered_is_refused_by_name(name: str, tmp_path: Path) -> None:
     make, message = REFUSED_MODELS[name]
     with pytest.raises(TypeError, match=re.escape(message)):
-        surface_embeddings(make(), ToyTokenizer())
+        surface_embeddings(make(tmp_path), ToyTokenizer())
+
+
+def test_what_is_said_of_the_max_pooler_is_so(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="only supports boolean masks"):
+        hf_clip(tmp_path, "max_pooler").encode_text(captions())
 
 
 def test_a_model_wrapped_for_ddp_is_refused_with_the_order(tmp_path: Path) -> None:

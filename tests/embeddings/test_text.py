@@ -4,18 +4,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONTEXT, END, POOLERS, START, TEXT, ToyTokenizer, captions, clip, custom_text_clip, hf_clip
+from tiny_models import (
+    CONTEXT,
+    CUSTOM_TEXT,
+    EMBED_DIM,
+    END,
+    POOLERS,
+    START,
+    TEXT,
+    ToyTokenizer,
+    captions,
+    clip,
+    coca,
+    custom_text_clip,
+    hf_clip,
+    hf_text,
+)
 from torch import nn
 from torch.testing import assert_close
 
 from sparc_loss import surface_embeddings
-from sparc_loss.embeddings.text import encode_pooled_and_tokens
+from sparc_loss.embeddings.text import forward_with_tokens
 
 MODELS = {
     **{f"CLIP, {text}": lambda _, text=text: clip(text=text) for text in TEXT},
-    **{f"TextTransformer, {text}": lambda _, text=text: custom_text_clip(text=text) for text in TEXT},
+    **{f"TextTransformer, {text}": lambda _, text=text: custom_text_clip(text=text) for text in CUSTOM_TEXT},
     **{f"HF, {pooler}": lambda folder, pooler=pooler: hf_clip(folder, pooler) for pooler in POOLERS},
     "HF, mlp": lambda folder: hf_clip(folder, projection="mlp"),
+}
+COCA = {
+    "TextTransformer": lambda _: coca(),
+    **{f"HF, {pooler}": lambda folder, pooler=pooler: coca("ViT tok", hf_text(folder, pooler)) for pooler in POOLERS},
 }
 
 
@@ -25,8 +44,18 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> nn.Module:
 
 
 def test_the_pooled_feature_is_the_towers_own_bit_for_bit(model: nn.Module) -> None:
-    pooled, _ = encode_pooled_and_tokens(model, captions())
+    pooled, _ = forward_with_tokens(model, captions())
     assert torch.equal(pooled, model.encode_text(captions()))
+
+
+@pytest.mark.parametrize("name", COCA)
+def test_what_cocas_tower_returns_is_the_towers_own_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model = surface_embeddings(COCA[name](tmp_path), ToyTokenizer()).eval()
+    (pooled, text_tokens), tokens = forward_with_tokens(model, captions())
+    own_pooled, own_text_tokens = model.text(captions())
+    assert torch.equal(pooled, own_pooled)
+    assert torch.equal(text_tokens, own_text_tokens)
+    assert tokens.shape == (2, CONTEXT, EMBED_DIM)
 
 
 # The token that a tower pools is one of its token embeddings.
@@ -57,6 +86,26 @@ def test_a_class_pooled_bert_pools_its_first_token(tmp_path: Path) -> None:
     model = surface_embeddings(hf_clip(tmp_path, "cls_last_hidden_state_pooler"), ToyTokenizer()).eval()
     tokens, _ = model.encode_tokens(captions())
     assert_close(tokens[:, 0], model.encode_text(captions()))
+
+
+def test_with_a_class_token_the_others_are_normalised_and_projected_like_it() -> None:
+    model = surface_embeddings(custom_text_clip(text="class token"), ToyTokenizer()).eval()
+    states = []
+    model.text.transformer.register_forward_hook(lambda module, inputs, output: states.append(output))
+    tokens, _ = model.encode_tokens(captions())
+    embeddings = model.text.ln_final(states[0]) @ model.text.text_projection
+    assert_close(tokens, embeddings[:, :CONTEXT])
+    assert_close(model.encode_text(captions()), embeddings[:, CONTEXT])
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_whatever_a_bert_pools_its_tokens_are_its_projected_last_hidden_states(
+    pooler: str, projection: str, tmp_path: Path
+) -> None:
+    model = surface_embeddings(hf_clip(tmp_path, pooler, projection), ToyTokenizer()).eval()
+    hidden = model.text.transformer(input_ids=captions(), attention_mask=(captions() != 0).long()).last_hidden_state
+    assert_close(model.encode_tokens(captions())[0], model.text.proj(hidden))
 
 
 @pytest.mark.parametrize("make", [clip, custom_text_clip])

@@ -3,14 +3,18 @@
 import pytest
 import timm
 import torch
+from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
 from open_clip import CLIP
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
-from tiny_models import EMBED_DIM, TRANSFORMER, VISION, VIT, ToyTokenizer, clip, images_for
+from tiny_models import EMBED_DIM, GRIDS, TRANSFORMER, VISION, VIT, ToyTokenizer, clip, images_for
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sparc_loss import surface_embeddings
-from sparc_loss.embeddings.vision import encode_pooled_and_patches
+from sparc_loss.embeddings.vision import forward_with_patches
 
 
 @pytest.fixture(params=VISION)
@@ -20,23 +24,31 @@ def model(request: pytest.FixtureRequest) -> CLIP:
 
 def pooled_alone(visual: nn.Module, images: Tensor) -> Tensor:
     """The slow way: hand the tower's own pooling one patch at a time, in the place of all tokens."""
-    states = last_states(visual, images)
-    prefix = 1 if isinstance(visual, VisionTransformer) else visual.trunk.num_prefix_tokens
-    pooled = []
-    for patch in states[:, prefix:].unbind(dim=1):
-        # Whatever the pool reads (class token, mean of patches, all by attention), it finds this patch.
-        alone = patch[:, None].repeat(1, prefix + 1, 1)
-        if isinstance(visual, VisionTransformer):
-            pooled.append(visual._pool(alone)[0] @ visual.proj)
-        else:
-            pooled.append(visual.head(visual.trunk.forward_head(alone)))
-    return torch.stack(pooled, dim=1)
-
-
-def last_states(visual: nn.Module, images: Tensor) -> Tensor:
     if isinstance(visual, VisionTransformer):
-        return visual.transformer(visual._embeds(images))
-    return visual.trunk.forward_features(images)
+        states = visual.transformer(visual._embeds(images))
+        # Whatever the pool reads (class token, mean of patches, all by attention), it finds this patch.
+        return _stack(visual._pool(_twice(patch))[0] @ visual.proj for patch in states[:, 1:].unbind(dim=1))
+    if isinstance(visual, ModifiedResNet):
+        features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
+        visual.attnpool.positional_embedding = nn.Parameter(torch.zeros(2, features.shape[1]))
+        return _stack(visual.attnpool(place[..., None, None]) for place in features.flatten(2).unbind(dim=2))
+    states = visual.trunk.forward_features(images)
+    if states.dim() == 3:
+        prefix = visual.trunk.num_prefix_tokens
+        alone = [_twice(patch)[:, : 1 + prefix] for patch in states[:, prefix:].unbind(dim=1)]
+    elif getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC":
+        alone = [place[:, None, None] for place in states.flatten(1, 2).unbind(dim=1)]
+    else:
+        alone = [place[..., None, None] for place in states.flatten(2).unbind(dim=2)]
+    return _stack(visual.head(visual.trunk.forward_head(place)) for place in alone)
+
+
+def _twice(patch: Tensor) -> Tensor:
+    return torch.stack([patch, patch], dim=1)
+
+
+def _stack(pooled: object) -> Tensor:
+    return torch.stack(list(pooled), dim=1)
 
 
 def test_a_patch_embedding_is_the_pooled_feature_of_that_patch_alone(model: CLIP) -> None:
@@ -47,32 +59,79 @@ def test_a_patch_embedding_is_the_pooled_feature_of_that_patch_alone(model: CLIP
 
 def test_the_pooled_feature_is_the_towers_own_bit_for_bit(model: CLIP) -> None:
     images = images_for(model)
-    pooled, _ = encode_pooled_and_patches(model.visual, images)
+    pooled, _, _ = forward_with_patches(model.visual, images)
     assert torch.equal(pooled, model.visual(images))
 
 
-@pytest.mark.parametrize("vision", ["ViT avg", "timm ViT avg"])
-def test_where_pooling_is_a_mean_the_pooled_feature_is_the_mean_of_the_patches(vision: str) -> None:
+LINEARLY_POOLED = ("ViT avg", "timm ViT gap", "FastViT", "Swin")
+
+
+@pytest.mark.parametrize("vision", LINEARLY_POOLED)
+@given(seed=st.integers(0, 2**32), gain=st.floats(0.1, 2))
+def test_where_pooling_is_a_mean_the_pooled_feature_is_the_mean_of_the_patches(
+    vision: str, seed: int, gain: float
+) -> None:
     model = surface_embeddings(clip(vision), ToyTokenizer()).eval()
-    images = images_for(model)
-    assert_close(model.encode_patches(images)[0].mean(dim=1), model.encode_image(images))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.visual.parameters():
+            parameter.mul_(1 + gain * torch.randn(parameter.shape, generator=generator))
+        images = torch.randn(images_for(model).shape, generator=generator)
+        mean, pooled = model.encode_patches(images)[0].mean(dim=1), model.encode_image(images)
+    assert_close(mean, pooled, rtol=1e-4, atol=1e-4 * pooled.abs().max().item())
 
 
-def test_patches_stand_row_by_row_in_their_own_place(model: CLIP) -> None:
-    """Changing one patch's pixels changes the embedding at its place most."""
+def changes(model: CLIP, row: int, column: int, up_and_left: float = 0) -> Tensor:
+    """How far each patch embedding moves when the pixels under one place (or so much further) change, [height, width].
+
+    Kernels are made positive: random signs can hide where a receptive field has its centre.
+    """
+    with torch.no_grad():
+        for module in model.visual.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.abs_()
     images = images_for(model, number=1)
     before, (height, width) = model.encode_patches(images)
-    size = images.shape[-1] // width
-    for row, column in ((0, 0), (0, width - 1), (height - 1, 0), (height // 2, width // 2)):
-        changed = images.clone()
-        changed[..., row * size : (row + 1) * size, column * size : (column + 1) * size] += 3
-        change = (model.encode_patches(changed)[0] - before).norm(dim=-1).flatten()
-        assert change.argmax() == row * width + column
+    high, wide = images.shape[-2] // height, images.shape[-1] // width
+    top, left = int((row - up_and_left) * high), int((column - up_and_left) * wide)
+    changed = images.clone()
+    changed[..., top : top + high, left : left + wide] += 3
+    after, _ = model.encode_patches(changed)
+    return rearrange((after - before).norm(dim=-1), "1 (h w) -> h w", h=height)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_patches_stand_row_by_row_in_their_own_place(vision: str) -> None:
+    """Changing one patch's pixels changes the embedding at its place most."""
+    model = surface_embeddings(clip(vision), ToyTokenizer()).eval()
+    height, width = model.encode_patches(images_for(model))[1]
+    places = [(0, 0), (0, width - 1), (height - 1, 0), (height // 2, width // 2)]
+    up_and_left = 0.0
+    if vision == "FastViT":
+        # Its 7 x 7 kernels with a stride of 2 centre a place on the upper left corner of the pixels it stands for.
+        up_and_left, places = 0.5, [(1, 1), (1, 3), (2, 2), (3, 4)]
+    for row, column in places:
+        assert changes(model, row, column, up_and_left).argmax() == row * width + column
+
+
+@pytest.mark.parametrize("vision", ["ModifiedResNet", "ConvNeXt"])
+def test_a_convolutional_tower_sees_a_change_only_there_and_near_it(vision: str) -> None:
+    model = surface_embeddings(clip(vision), ToyTokenizer()).eval()
+    change = changes(model, 0, 0)
+    far = torch.ones_like(change, dtype=torch.bool)
+    far[:2, :2] = False
+    assert change[far].max() < 0.01 * change[0, 0]
 
 
 def test_the_grid_has_as_many_places_as_there_are_patches(model: CLIP) -> None:
     patches, (height, width) = model.encode_patches(images_for(model))
     assert patches.shape[1] == height * width
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_the_grid_is_the_towers(vision: str) -> None:
+    model = surface_embeddings(clip(vision), ToyTokenizer()).eval()
+    assert model.encode_patches(images_for(model))[1] == GRIDS.get(vision, (2, 3))
 
 
 @pytest.mark.parametrize(("image_size", "grid"), [((16, 24), (2, 3)), ((32, 8), (4, 1)), (20, (2, 2))], ids=str)
@@ -84,20 +143,20 @@ def test_the_grid_is_height_by_width(image_size: object, grid: tuple[int, int]) 
     assert patches.shape[1] == grid[0] * grid[1]
 
 
-def test_the_grid_follows_the_image_where_the_tower_takes_any_size() -> None:
-    # timm's dynamic_img_size, as test_vit has it.
-    model = surface_embeddings(clip("timm ViT avg"), ToyTokenizer()).eval()
+@pytest.mark.parametrize("vision", ["ConvNeXt", "FastViT"])
+def test_the_grid_follows_the_image_where_the_tower_takes_any_size(vision: str) -> None:
+    model = surface_embeddings(clip(vision), ToyTokenizer()).eval()
+    patches, grid = model.encode_patches(torch.randn(1, 3, 64, 96))
+    assert grid == (2, 3)
+    assert patches.shape[1] == 6
+
+
+def test_the_grid_follows_the_image_where_positions_are_resampled() -> None:
+    # timm's dynamic_img_size.
+    model = clip("timm ViT gap")
+    model.visual.trunk = timm.create_model("test_vit", num_classes=0)
+    model.visual.head = nn.Linear(model.visual.trunk.num_features, EMBED_DIM)
+    surface_embeddings(model, ToyTokenizer()).eval()
     patches, grid = model.encode_patches(torch.randn(1, 3, 64, 96))
     assert grid == (4, 6)
     assert patches.shape[1] == 24
-
-
-def test_the_grid_of_a_tower_with_a_convolutional_stem() -> None:
-    # Patches of 8 x 8 places of a feature map that the stem has made 4 times smaller.
-    model = clip("timm ViT avg")
-    model.visual.trunk = timm.create_model("vit_tiny_r_s16_p8_224", depth=1, num_classes=0, img_size=64)
-    model.visual.head = nn.Linear(model.visual.trunk.num_features, EMBED_DIM)
-    surface_embeddings(model, ToyTokenizer())
-    patches, grid = model.eval().encode_patches(torch.randn(1, 3, 64, 64))
-    assert grid == (2, 2)
-    assert patches.shape[1] == 4

@@ -8,13 +8,13 @@ logit_scale, locking towers, gradient checkpointing, isinstance) finds what it e
 from typing import Any, TypeVar
 
 import torch
-from open_clip import CLIP, CustomTextCLIP
+from open_clip import CLIP, CoCa, CustomTextCLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparc_loss.embeddings.text import check_text_tower, encode_pooled_and_tokens
+from sparc_loss.embeddings.text import check_text_tower, forward_with_tokens
 from sparc_loss.embeddings.token_mask import Tokens, check_tokens, token_conventions
-from sparc_loss.embeddings.vision import check_vision_tower, encode_pooled_and_patches, patch_grid
+from sparc_loss.embeddings.vision import check_vision_tower, forward_with_patches
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,8 +36,8 @@ class Surfaced:
         """
         if not self.training or image is None or text is None:
             return super().forward(image, text)
-        image_features, patch_features = encode_pooled_and_patches(self.visual, image)
-        text_features, token_features = encode_pooled_and_tokens(self, text)
+        image_features, patch_features, _ = forward_with_patches(self.visual, image)
+        text_features, token_features = forward_with_tokens(self, text)
         output = {
             "image_features": F.normalize(image_features, dim=-1),
             "text_features": F.normalize(text_features, dim=-1),
@@ -45,25 +45,29 @@ class Surfaced:
         }
         if self.logit_bias is not None:
             output["logit_bias"] = self.logit_bias
-        output["patch_features"] = patch_features
-        output["token_features"] = token_features
-        output["token_mask"] = self._token_conventions.mask(text, self._tokens)
-        return output
+        return output | self._embeddings(patch_features, token_features, text)
+
+    def _embeddings(self, patch_features: Tensor, token_features: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        return {
+            "patch_features": patch_features,
+            "token_features": token_features,
+            "token_mask": self._token_conventions.mask(texts, self._tokens),
+        }
 
     def encode_patches(self, images: Tensor, normalize: bool = False) -> tuple[Tensor, tuple[int, int]]:
         """Patch embeddings [B, P, D] of images [B, 3, H, W], row by row, and the grid's (height, width).
 
-        In any mode. With patch dropout, in training mode, P is what is left of height * width.
+        In any mode. With patch dropout, in training mode, P is what is left of height * width, in the order drawn.
         """
-        _, patches = encode_pooled_and_patches(self.visual, images)
-        return F.normalize(patches, dim=-1) if normalize else patches, patch_grid(self.visual, images)
+        _, patches, grid = forward_with_patches(self.visual, images)
+        return F.normalize(patches, dim=-1) if normalize else patches, grid
 
     def encode_tokens(self, texts: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
         """Token embeddings [B, L, D] of token ids [B, L], and the mask, bool [B, L], of those that count.
 
         In any mode.
         """
-        _, tokens = encode_pooled_and_tokens(self, texts)
+        _, tokens = forward_with_tokens(self, texts)
         mask = self._token_conventions.mask(texts, self._tokens)
         return F.normalize(tokens, dim=-1) if normalize else tokens, mask
 
@@ -76,9 +80,51 @@ class SurfacedCustomTextCLIP(Surfaced, CustomTextCLIP):
     """open_clip's CustomTextCLIP with its patch and token embeddings surfaced."""
 
 
+class SurfacedCoCa(Surfaced, CoCa):
+    """open_clip's CoCa with its patch and token embeddings surfaced; CoCa always returns dictionaries."""
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor | None = None,
+        image_latent: Tensor | None = None,
+        image_embs: Tensor | None = None,
+        output_labels: bool = True,
+    ) -> dict[str, Tensor]:
+        """In training mode, CoCa's output dictionary with three more entries; else open_clip's own forward.
+
+        Args:
+            image: [B, 3, H, W].
+            text: token ids [B, L].
+            image_latent: with `image_embs`, what an earlier pass gave for `image` (generation); left to open_clip.
+            image_embs: see `image_latent`.
+            output_labels: whether to return the labels of the captioning loss, and logits for them alone.
+
+        Returns:
+            In training mode, given image and text: CoCa's own entries (open_clip/coca_model.py, CoCa.forward), then
+            patch_features [B, P, D] and token_features [B, L, D], not normalised, and token_mask bool [B, L].
+        """
+        if not self.training or text is None or image_latent is not None:
+            return CoCa.forward(self, image, text, image_latent, image_embs, output_labels)
+        (image_latent, image_embs), patch_features, _ = forward_with_patches(self.visual, image)
+        (text_latent, token_embs), token_features = forward_with_tokens(self, text)
+        output = {
+            "image_features": F.normalize(image_latent, dim=-1),
+            "text_features": F.normalize(text_latent, dim=-1),
+            "logits": self.text_decoder(image_embs, token_embs[:, :-1] if output_labels else token_embs),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if output_labels:
+            output["labels"] = text[:, 1:]
+        if self.logit_bias is not None:
+            output["logit_bias"] = self.logit_bias
+        return output | self._embeddings(patch_features, token_features, text)
+
+
 SURFACED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     CLIP: SurfacedCLIP,
     CustomTextCLIP: SurfacedCustomTextCLIP,
+    CoCa: SurfacedCoCa,
 }
 
 
@@ -86,10 +132,11 @@ def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -
     """Make an open_clip model return patch and token embeddings in training mode, and give it two encoders.
 
     Call it before DistributedDataParallel or torch.compile. Calling it again only takes the new tokenizer and tokens;
-    `restore` undoes it. It also sets `model.output_dict`, so that the model returns dictionaries in both modes.
+    `restore` undoes it. It also sets `model.output_dict`, so that the model returns dictionaries in both modes (CoCa
+    always does).
 
     Args:
-        model: an open_clip CLIP or CustomTextCLIP.
+        model: an open_clip CLIP, CustomTextCLIP or CoCa.
         tokenizer: the model's own, from `open_clip.get_tokenizer`; tells words from padding.
         tokens: the positions for which `token_mask` is True: "words" (no start, end or padding) or "all" (no padding).
 
@@ -104,9 +151,10 @@ def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -
     conventions = token_conventions(tokenizer)
     if not isinstance(model, Surfaced):
         _check_model(model)
-        model._unsurfaced_output_dict = model.output_dict
+        model._unsurfaced_output_dict = getattr(model, "output_dict", None)  # CoCa has none
         model.__class__ = SURFACED_CLASSES[type(model)]
-    model.output_dict = True
+    if model._unsurfaced_output_dict is not None:
+        model.output_dict = True
     model._token_conventions = conventions
     model._tokens = tokens
     return model
@@ -116,7 +164,8 @@ def restore(model: Model) -> Model:
     """Undo `surface_embeddings`: the model's own class and `output_dict` again. A plain model is left alone."""
     if isinstance(model, Surfaced):
         model.__class__ = next(plain for plain, surfaced in SURFACED_CLASSES.items() if type(model) is surfaced)
-        model.output_dict = model._unsurfaced_output_dict
+        if model._unsurfaced_output_dict is not None:
+            model.output_dict = model._unsurfaced_output_dict
         del model._unsurfaced_output_dict, model._token_conventions, model._tokens
     return model
 
@@ -130,7 +179,7 @@ def _check_model(model: nn.Module) -> None:
         )
     if type(model) not in SURFACED_CLASSES:
         hint = "; surface the model before it is wrapped" if _holds_open_clip_model(model) else ""
-        raise TypeError(f"model is a {name}; expected open_clip's CLIP or CustomTextCLIP{hint}")
+        raise TypeError(f"model is a {name}; expected open_clip's CLIP, CustomTextCLIP or CoCa{hint}")
     check_vision_tower(model.visual)
     check_text_tower(model)
 

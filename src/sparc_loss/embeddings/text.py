@@ -2,17 +2,24 @@
 
 A token embedding is the tower's last hidden state through its own final norm and projection, no new parameter. One
 function per kind of tower, each mirroring that tower's forward in open_clip/model.py, open_clip/transformer.py or
-open_clip/hf_model.py; the tests hold the pooled feature to it bit for bit.
+open_clip/hf_model.py; the tests hold what the tower itself returns to it bit for bit.
 """
 
+from typing import Any
+
 from open_clip import CLIP
-from open_clip.hf_model import HFTextEncoder
+from open_clip.hf_model import ClsPooler, HFTextEncoder, MaxPooler
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 
-def encode_pooled_and_tokens(model: nn.Module, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass of the text tower: pooled feature [B, D], as `model.encode_text(texts)` gives it, and [B, L, D]."""
+def forward_with_tokens(model: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
+    """One pass of the model's text tower over token ids [B, L].
+
+    Returns:
+        What the tower itself returns: the pooled feature [B, D], or it and CoCa's text tokens.
+        The token embeddings [B, L, D], one for each id; CoCa's class token is left out.
+    """
     if isinstance(model, CLIP):
         return _clip_text(model, texts)
     if isinstance(model.text, TextTransformer):
@@ -22,15 +29,16 @@ def encode_pooled_and_tokens(model: nn.Module, texts: Tensor) -> tuple[Tensor, T
 
 def check_text_tower(model: nn.Module) -> None:
     """Raise TypeError, naming the tower, unless its token embeddings are known."""
-    if isinstance(model, CLIP):
+    if isinstance(model, CLIP) or isinstance(model.text, TextTransformer):
         return
-    text = model.text
-    if isinstance(text, HFTextEncoder) or (isinstance(text, TextTransformer) and text.cls_emb is None):
-        return
-    found = "TextTransformer with a class embedding" if isinstance(text, TextTransformer) else type(text).__name__
+    found = type(model.text).__name__
+    if isinstance(model.text, HFTextEncoder):
+        if not isinstance(model.text.pooler, MaxPooler):
+            return
+        found = "HFTextEncoder with a max_pooler, whose forward fails in open_clip itself"
     raise TypeError(
-        f"model.text is a {found}; token embeddings are known for CLIP's own text tower, TextTransformer "
-        "without a class embedding, and HFTextEncoder"
+        f"model.text is a {found}; token embeddings are known for CLIP's own text tower, TextTransformer, and "
+        "HFTextEncoder with a mean_pooler, cls_pooler or cls_last_hidden_state_pooler"
     )
 
 
@@ -43,17 +51,28 @@ def _clip_text(model: CLIP, texts: Tensor) -> tuple[Tensor, Tensor]:
     return _project(pooled, model.text_projection), _project(tokens, model.text_projection)
 
 
-def _text_transformer(text: TextTransformer, texts: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, attention_mask = text._embeds(texts)
-    tokens = text.ln_final(text.transformer(tokens, attn_mask=attention_mask))
-    pooled = _pool(tokens, texts, text.pool_type, getattr(text, "eos_id", None))
-    return _project(pooled, text.text_projection), _project(tokens, text.text_projection)
+def _text_transformer(text: TextTransformer, texts: Tensor) -> tuple[Any, Tensor]:
+    states, attention_mask = text._embeds(texts)
+    states = text.transformer(states, attn_mask=attention_mask)
+    if text.cls_emb is not None:
+        # CoCa's class token stands last and is pooled before the norm.
+        pooled, states = text.ln_final(states[:, -1]), states[:, :-1]
+        tokens = text.ln_final(states)
+    else:
+        states = tokens = text.ln_final(states)
+        pooled = _pool(tokens, texts, text.pool_type, getattr(text, "eos_id", None))
+    pooled = _project(pooled, text.text_projection)
+    return (pooled, states) if text.output_tokens else pooled, _project(tokens, text.text_projection)
 
 
-def _hf_text_encoder(text: HFTextEncoder, texts: Tensor) -> tuple[Tensor, Tensor]:
+def _hf_text_encoder(text: HFTextEncoder, texts: Tensor) -> tuple[Any, Tensor]:
     attention_mask = (texts != text.config.pad_token_id).long()
     output = text.transformer(input_ids=texts, attention_mask=attention_mask)
-    return text.proj(text.pooler(output, attention_mask)), text.proj(output.last_hidden_state)
+    pooled, states = text.proj(text.pooler(output, attention_mask)), output.last_hidden_state
+    tokens = text.proj(states)
+    if not text.output_tokens:
+        return pooled, tokens
+    return (pooled, states[:, 1:] if type(text.pooler) is ClsPooler else states), tokens
 
 
 def _pool(tokens: Tensor, texts: Tensor, pool_type: str, eos_id: int | None) -> Tensor:

@@ -1,73 +1,130 @@
 """Patch embeddings of open_clip's vision towers, from the same pass as the pooled feature.
 
 A patch embedding is what the tower's pooled feature would be if the image were that one patch: the tower's own final
-norm and projection, no new parameter. One function per kind of tower, each mirroring that tower's forward in
-open_clip/transformer.py or open_clip/timm_model.py; the tests hold the pooled feature to it bit for bit.
+norm, pooling and projection, no new parameter. One function per kind of tower, each mirroring that tower's forward in
+open_clip/transformer.py, open_clip/modified_resnet.py or open_clip/timm_model.py; the tests hold what the tower
+itself returns to it bit for bit.
 """
 
+from typing import Any
+
 from einops import rearrange
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from timm.layers import AttentionPoolLatent
+from timm.models import ConvNeXt, Eva, FastVit, SwinTransformer, VisionTransformerRelPos
 from timm.models import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+SEQUENCE_TRUNKS = (TimmVisionTransformer, VisionTransformerRelPos, Eva)  # [B, tokens, C], prefix tokens first
+MAP_TRUNKS = (ConvNeXt, FastVit, SwinTransformer)  # [B, C, H, W], or [B, H, W, C] if output_fmt says NHWC
 
 
-def encode_pooled_and_patches(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass of the tower: pooled feature [B, D], as `visual(images)` gives it, and patch embeddings [B, P, D].
+def forward_with_patches(visual: nn.Module, images: Tensor) -> tuple[Any, Tensor, tuple[int, int]]:
+    """One pass of the tower over images [B, 3, H, W].
 
-    Patches go row by row over the grid; class and register tokens are left out. With patch dropout P is what is left.
+    Returns:
+        What `visual(images)` returns: the pooled feature [B, D], or it and CoCa's image tokens.
+        The patch embeddings [B, P, D], row by row over the grid; class and register tokens are left out.
+        The grid's (height, width). With patch dropout, in training mode, P is what is left of height * width, in the
+        order of the draw.
     """
     if isinstance(visual, VisionTransformer):
         return _vision_transformer(visual, images)
-    return _timm_vision_transformer(visual, images)
-
-
-def patch_grid(visual: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Height and width, in patches, of the grid into which the tower cuts these images."""
-    height, width = images.shape[-2:]
-    if isinstance(visual, VisionTransformer):
-        return height // visual.patch_size[0], width // visual.patch_size[1]
-    return visual.trunk.patch_embed.dynamic_feat_size((height, width))
+    if isinstance(visual, ModifiedResNet):
+        return _modified_resnet(visual, images)
+    if isinstance(visual.trunk, SEQUENCE_TRUNKS):
+        return _timm_sequence(visual, images)
+    return _timm_map(visual, images)
 
 
 def check_vision_tower(visual: nn.Module) -> None:
     """Raise TypeError, naming the tower, unless its patch embeddings are known."""
+    found = type(visual).__name__
+    if isinstance(visual, ModifiedResNet):
+        return
     if isinstance(visual, VisionTransformer):
-        if visual.attn_pool is None and visual.pool_type in ("tok", "avg"):
+        if visual.attn_pool is not None and visual.attn_pool_contrastive is not None:
+            found = f"VisionTransformer with attentional_pool {visual.attn_pool_type!r}"
+        elif visual.pool_type not in ("tok", "avg"):
+            found = f"VisionTransformer with pool_type {visual.pool_type!r}"
+        else:
             return
-        found = f"VisionTransformer with pool_type {visual.pool_type!r}"
-        if visual.attn_pool is not None:
-            found = "VisionTransformer with an attentional pooler"
     elif isinstance(visual, TimmModel):
-        if isinstance(visual.trunk, TimmVisionTransformer):
+        attn_pool = getattr(visual.trunk, "attn_pool", None)
+        if hasattr(visual.head, "pool"):
+            found = f"TimmModel with a {type(visual.head.pool).__name__} of its own"
+        elif not isinstance(visual.trunk, SEQUENCE_TRUNKS + MAP_TRUNKS):
+            found = f"TimmModel with a {type(visual.trunk).__name__} trunk"
+        elif attn_pool is not None and (
+            not isinstance(attn_pool, AttentionPoolLatent) or attn_pool.pos_embed is not None
+        ):
+            found = f"TimmModel with a {type(attn_pool).__name__} that knows positions"
+        else:
             return
-        found = f"TimmModel with a {type(visual.trunk).__name__} trunk"
-    else:
-        found = type(visual).__name__
+    known = ", ".join(trunk.__name__ for trunk in SEQUENCE_TRUNKS + MAP_TRUNKS)
     raise TypeError(
-        f"model.visual is a {found}; patch embeddings are known for open_clip's VisionTransformer "
-        "with 'tok' or 'avg' pooling and for timm's VisionTransformer"
+        f"model.visual is a {found}; patch embeddings are known for open_clip's VisionTransformer (pool_type 'tok' or "
+        f"'avg', attentional_pool true or false), ModifiedResNet, and timm's {known}"
     )
 
 
-def _vision_transformer(visual: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    pooled, patches = visual._pool(visual.transformer(visual._embeds(images)))
-    if visual.final_ln_after_pool:
+def _vision_transformer(visual: VisionTransformer, images: Tensor) -> tuple[Any, Tensor, tuple[int, int]]:
+    states = visual.transformer(visual._embeds(images))
+    pooled, tokens = visual._pool(states)
+    patches = states[:, 1:]
+    if visual.attn_pool is not None:
+        patches = visual.ln_post(_attend_to_itself(visual.attn_pool.attn, visual.attn_pool.ln_k(patches)))
+    elif visual.final_ln_after_pool:
         patches = visual.ln_post(patches)
+    else:
+        patches = tokens  # normalised before pooling
     if visual.proj is not None:
         pooled, patches = pooled @ visual.proj, patches @ visual.proj
-    return pooled, patches
+    (height, width), (patch_height, patch_width) = images.shape[-2:], visual.patch_size
+    return (
+        (pooled, tokens) if visual.output_tokens else pooled,
+        patches,
+        (height // patch_height, width // patch_width),
+    )
 
 
-def _timm_vision_transformer(visual: TimmModel, images: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_to_itself(attention: nn.MultiheadAttention, keys: Tensor) -> Tensor:
+    # The softmax over a single key is 1, so any query gets that key's value.
+    weight = attention.v_proj_weight if attention.in_proj_weight is None else attention.in_proj_weight.chunk(3)[2]
+    return attention.out_proj(F.linear(keys, weight, attention.in_proj_bias.chunk(3)[2]))
+
+
+def _modified_resnet(visual: ModifiedResNet, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    features = visual.stem(images)
+    for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        features = layer(features)
+    # Attention over a single place is its value. The positional embedding, which tells places apart, is left out.
+    patches = visual.attnpool.v_proj(rearrange(features, "b c h w -> b (h w) c"))
+    return visual.attnpool(features), visual.attnpool.c_proj(patches), tuple(features.shape[-2:])
+
+
+def _timm_sequence(visual: TimmModel, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
     trunk = visual.trunk
-    tokens = trunk.forward_features(images)
-    pooled = visual.head(trunk.forward_head(tokens))
-    patches = tokens[:, trunk.num_prefix_tokens :]
-    if trunk.attn_pool is not None:
-        # Attention over a single patch: its value, projected. Every patch pools itself alone.
+    states = trunk.forward_features(images)
+    pooled = visual.head(trunk.forward_head(states))
+    patches = states[:, trunk.num_prefix_tokens :]
+    if getattr(trunk, "attn_pool", None) is not None:
         batch = len(patches)
         patches = trunk.attn_pool(rearrange(patches, "b p c -> (b p) 1 c"))
         patches = rearrange(patches, "(b p) c -> b p c", b=batch)
     patches = visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(patches))))
-    return pooled, patches
+    return pooled, patches, tuple(trunk.patch_embed.dynamic_feat_size(images.shape[-2:]))
+
+
+def _timm_map(visual: TimmModel, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    trunk = visual.trunk
+    features = trunk.forward_features(images)
+    pooled = visual.head(trunk.forward_head(features))
+    channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+    batch, *grid = features.shape[:3] if channels_last else features[:, 0].shape
+    to_maps_of_one_place = "b h w c -> (b h w) 1 1 c" if channels_last else "b c h w -> (b h w) c 1 1"
+    patches = visual.head(trunk.forward_head(rearrange(features, to_maps_of_one_place)))
+    return pooled, rearrange(patches, "(b p) d -> b p d", b=batch), tuple(grid)
