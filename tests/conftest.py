@@ -30,3 +30,14 @@ def golden(request: pytest.FixtureRequest) -> SimpleNamespace:
     """One golden case: its settings, its inputs as float64 tensors and what the loss must be (golden/README.md)."""
     arrays = np.load(GOLDEN / f"{request.param}.npz")
     return SimpleNamespace(**GOLDEN_CASES[request.param], **{name: torch.from_numpy(arrays[name]) for name in arrays})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of open_clip's models were walked (embeddings/test_every_model.py), whatever the verbosity."""
+    walked = [
+        report.nodeid
+        for report in terminalreporter.stats.get("passed", [])
+        if "test_every_model_surfaces" in report.nodeid
+    ]
+    if walked:
+        terminalreporter.write_line(f"{len(walked)} models of open_clip surface their patches and tokens")

@@ -15,7 +15,15 @@ from open_clip.tokenizer import HFTokenizer
 from open_clip.utils import to_2tuple
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    M2M100Config,
+    MT5Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 EMBED_DIM, CONTEXT, VOCABULARY = 16, 8, 64
 START, END = VOCABULARY - 2, VOCABULARY - 1
@@ -87,6 +95,14 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 # What TextTransformer can be and CLIP's own text tower cannot.
 CUSTOM_TEXT = {**TEXT, "class token": {**TRANSFORMER, "embed_cls": True}}
+_ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
 POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 
 
@@ -122,10 +138,32 @@ def _build(model_class: type[nn.Module], *configs: Any, **options: Any) -> Any:
         return model_class(*configs, **options)
 
 
-def hf_text(folder: Path, pooler: str = "mean_pooler", projection: str = "linear") -> dict[str, Any]:
-    """The configuration of a tiny BERT, dropout and all, saved in `folder`."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, pad_token_id=0, **sizes).save_pretrained(folder)
+# By the start of the name that open_clip's configurations give: what their Hugging Face text towers are.
+HF_CONFIGS: dict[str, PretrainedConfig] = {
+    "roberta": RobertaConfig(**_ENCODER, pad_token_id=0),
+    "xlm-roberta": XLMRobertaConfig(**_ENCODER, pad_token_id=0),
+    "google/mt5": MT5Config(vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2),
+    "facebook/nllb": M2M100Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    ),
+    "bert": BertConfig(**_ENCODER, pad_token_id=0),
+}
+
+
+def hf_text(
+    folder: Path, pooler: str = "mean_pooler", projection: str = "linear", architecture: str = "bert"
+) -> dict[str, Any]:
+    """The configuration of a tiny Hugging Face text tower, dropout and all, saved in `folder`."""
+    HF_CONFIGS[architecture].save_pretrained(folder)
     return {
         "hf_model_name": str(folder),
         "hf_model_pretrained": False,
@@ -134,8 +172,9 @@ def hf_text(folder: Path, pooler: str = "mean_pooler", projection: str = "linear
     }
 
 
-def hf_clip(folder: Path, pooler: str = "mean_pooler", projection: str = "linear") -> CustomTextCLIP:
-    return _build(CustomTextCLIP, EMBED_DIM, VIT, hf_text(folder, pooler, projection))
+def hf_clip(folder: Path, *options: str, **named_options: str) -> CustomTextCLIP:
+    """With a Hugging Face text tower; the options are those of `hf_text`."""
+    return _build(CustomTextCLIP, EMBED_DIM, VIT, hf_text(folder, *options, **named_options))
 
 
 def images_for(model: nn.Module, number: int = 2) -> Tensor:

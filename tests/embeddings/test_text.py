@@ -30,6 +30,8 @@ MODELS = {
     **{f"CLIP, {text}": lambda _, text=text: clip(text=text) for text in TEXT},
     **{f"TextTransformer, {text}": lambda _, text=text: custom_text_clip(text=text) for text in CUSTOM_TEXT},
     **{f"HF, {pooler}": lambda folder, pooler=pooler: hf_clip(folder, pooler) for pooler in POOLERS},
+    "HF, mT5": lambda folder: hf_clip(folder, architecture="google/mt5"),
+    "HF, NLLB": lambda folder: hf_clip(folder, "cls_pooler", architecture="facebook/nllb"),
     "HF, mlp": lambda folder: hf_clip(folder, projection="mlp"),
 }
 COCA = {
