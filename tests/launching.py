@@ -19,6 +19,20 @@ MODEL_CONFIG = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
+RESNET_CONFIG = {**MODEL_CONFIG, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}}
+COCA_CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        **MODEL_CONFIG["vision_cfg"],
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+        "attn_pooler_queries": 8,
+        "output_tokens": True,
+    },
+    "text_cfg": {**MODEL_CONFIG["text_cfg"], "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    "custom_text": True,
+}
 SPARC = ("-m", "sparc_loss.train", "--loss", "sparc")
 STOCK = ("-m", "open_clip_train.main")
 TIMEOUT = 300
@@ -36,11 +50,15 @@ def write_tiny_data(folder: Path) -> None:
                 pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(path)
                 writer.writerow([path, f"a {COLOURS[index % 4]} scene, number {index}!"])
-    (folder / "model").mkdir()
-    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": {}}
-    (folder / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    write_model(folder / "model", MODEL_CONFIG)
     # The same model under a name, for open_clip.create_model(name, pretrained=path).
     (folder / "tiny.json").write_text(json.dumps(MODEL_CONFIG))
+
+
+def write_model(folder: Path, config: dict) -> None:
+    """A folder for `--model local-dir:`."""
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
 
 
 def data_flags(folder: Path, *, name: str, epochs: int = 1) -> list[str]:

@@ -4,7 +4,21 @@ import math
 
 import pytest
 import torch
-from launching import SPARC, STOCK, checkpoint, data_flags, logged_losses, run_python, train, write_tiny_data
+from launching import (
+    COCA_CONFIG,
+    MODEL_CONFIG,
+    RESNET_CONFIG,
+    SPARC,
+    STOCK,
+    checkpoint,
+    data_flags,
+    logged_losses,
+    run_python,
+    train,
+    write_model,
+    write_tiny_data,
+)
+from open_clip import CoCa
 
 LAUNCHER = ("-m", "sparc_loss.train")
 
@@ -38,9 +52,9 @@ def assert_same_weights(one: dict, other: dict) -> None:
         ("--siglip",),
         ("--grad-checkpointing",),
         ("--torchcompile",),
-        ("--lock-image",),
-        ("--force-custom-text",),
-        ("--force-patch-dropout", "0.5"),
+        ("--lock-image", "--lock-text", "--lock-text-freeze-layer-norm"),
+        ("--lock-image", "--lock-image-unlocked-groups", "1", "--force-custom-text"),
+        ("--force-patch-dropout", "0.5", "--force-image-size", "24", "--force-context-length", "12"),
         ("--sparc-alignment", "softmax", "--sparc-reduction", "sample", "--sparc-tokens", "all"),
         ("--sparc-threshold", "0.5", "--sparc-scale", "10"),
     ],
@@ -60,6 +74,25 @@ def test_distills_from_a_teacher(folder):
     log = train(folder, *teacher, name="distill")
     assert_trained(log)
     assert logged_losses(log, "Distill_loss")
+
+
+def test_coca_trains_with_its_captioning_loss_beside(folder):
+    write_model(folder / "coca", COCA_CONFIG)
+    torch.manual_seed(0)
+    plain = CoCa(**{key: value for key, value in COCA_CONFIG.items() if key != "custom_text"})
+    # open_clip leaves this one to whatever the memory held.
+    torch.nn.init.normal_(plain.text_decoder.text_projection, std=0.1)
+    torch.save(plain.state_dict(), folder / "coca" / "open_clip_pytorch_model.bin")
+    log = train(folder, "--model", f"local-dir:{folder / 'coca'}", "--accum-freq", "2", name="captions")
+    assert_trained(log)
+    assert logged_losses(log, "Caption_loss")
+    trained = checkpoint(folder, "captions")["state_dict"]
+    plain.load_state_dict(trained, strict=True)
+
+
+def test_a_convolutional_tower_trains(folder):
+    write_model(folder / "resnet", RESNET_CONFIG)
+    assert_trained(train(folder, "--model", f"local-dir:{folder / 'resnet'}", name="resnet"))
 
 
 def test_a_weight_of_zero_leaves_plain_clip_training_bit_for_bit(folder):
@@ -189,11 +222,14 @@ def test_an_untested_open_clip_is_refused_with_the_tested_versions(tmp_path):
 
 
 def test_an_uncovered_tower_is_refused_by_name(folder):
-    flags = data_flags(folder, name="uncovered")
-    flags[1] = "RN50"
-    finished = run_python(*SPARC, *flags)
+    write_model(folder / "uncovered", {**MODEL_CONFIG, "vision_cfg": {"timm_model_name": "test_resnet"}})
+    finished = run_python(
+        *SPARC, *data_flags(folder, name="uncovered"), "--model", f"local-dir:{folder / 'uncovered'}"
+    )
     assert finished.returncode != 0
-    assert "TypeError: model.visual is a ModifiedResNet; patch embeddings are known for" in finished.stdout
+    assert (
+        "TypeError: model.visual is a TimmModel with a ResNet trunk; patch embeddings are known for" in finished.stdout
+    )
 
 
 def test_help_shows_our_flags_in_a_group_and_open_clips_own():
