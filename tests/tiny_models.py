@@ -135,7 +135,12 @@ def _build(model_class: type[nn.Module], *configs: Any, **options: Any) -> Any:
 
     torch.manual_seed(1)
     with patch.object(timm, "create_model", create_shrunken):
-        return model_class(*configs, **options)
+        model = model_class(*configs, **options)
+    for parameter in model.parameters():
+        # What starts at zero (biases, the last norm of a residual block) would hide mistakes.
+        if parameter.dim() > 0 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 # By the start of the name that open_clip's configurations give: what their Hugging Face text towers are.

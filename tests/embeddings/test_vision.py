@@ -100,16 +100,17 @@ def changes(model: CLIP, row: int, column: int, up_and_left: float = 0) -> Tenso
     return rearrange((after - before).norm(dim=-1), "1 (h w) -> h w", h=height)
 
 
+# Odd kernels with a stride of 2 centre a place on the upper left corner of the pixels it stands for.
+SEEN_FROM_THE_CORNER = {"FastViT": [(1, 1), (1, 3), (2, 2), (3, 4)], "timm ViT ViTamin": [(1, 1), (1, 2)]}
+
+
 @pytest.mark.parametrize("vision", VISION)
 def test_patches_stand_row_by_row_in_their_own_place(vision: str) -> None:
     """Changing one patch's pixels changes the embedding at its place most."""
     model = surface_embeddings(clip(vision), ToyTokenizer()).eval()
     height, width = model.encode_patches(images_for(model))[1]
-    places = [(0, 0), (0, width - 1), (height - 1, 0), (height // 2, width // 2)]
-    up_and_left = 0.0
-    if vision == "FastViT":
-        # Its 7 x 7 kernels with a stride of 2 centre a place on the upper left corner of the pixels it stands for.
-        up_and_left, places = 0.5, [(1, 1), (1, 3), (2, 2), (3, 4)]
+    corners = [(0, 0), (0, width - 1), (height - 1, 0), (height // 2, width // 2)]
+    places, up_and_left = SEEN_FROM_THE_CORNER.get(vision, corners), 0.5 if vision in SEEN_FROM_THE_CORNER else 0
     for row, column in places:
         assert changes(model, row, column, up_and_left).argmax() == row * width + column
 
