@@ -42,33 +42,32 @@ def forward_with_patches(visual: nn.Module, images: Tensor) -> tuple[Any, Tensor
 
 def check_vision_tower(visual: nn.Module) -> None:
     """Raise TypeError, naming the tower, unless its patch embeddings are known."""
-    found = type(visual).__name__
+    unknown = _unknown_tower(visual)
+    if unknown is not None:
+        trunks = ", ".join(trunk.__name__ for trunk in SEQUENCE_TRUNKS + MAP_TRUNKS)
+        raise TypeError(
+            f"model.visual is a {unknown}; patch embeddings are known for open_clip's VisionTransformer (pool_type "
+            f"'tok' or 'avg', attentional_pool true or false), ModifiedResNet, and timm's {trunks}"
+        )
+
+
+def _unknown_tower(visual: nn.Module) -> str | None:
     if isinstance(visual, ModifiedResNet):
-        return
+        return None
     if isinstance(visual, VisionTransformer):
         if visual.attn_pool is not None and visual.attn_pool_contrastive is not None:
-            found = f"VisionTransformer with attentional_pool {visual.attn_pool_type!r}"
-        elif visual.pool_type not in ("tok", "avg"):
-            found = f"VisionTransformer with pool_type {visual.pool_type!r}"
-        else:
-            return
-    elif isinstance(visual, TimmModel):
-        attn_pool = getattr(visual.trunk, "attn_pool", None)
-        if hasattr(visual.head, "pool"):
-            found = f"TimmModel with a {type(visual.head.pool).__name__} of its own"
-        elif not isinstance(visual.trunk, SEQUENCE_TRUNKS + MAP_TRUNKS):
-            found = f"TimmModel with a {type(visual.trunk).__name__} trunk"
-        elif attn_pool is not None and (
-            not isinstance(attn_pool, AttentionPoolLatent) or attn_pool.pos_embed is not None
-        ):
-            found = f"TimmModel with a {type(attn_pool).__name__} that knows positions"
-        else:
-            return
-    known = ", ".join(trunk.__name__ for trunk in SEQUENCE_TRUNKS + MAP_TRUNKS)
-    raise TypeError(
-        f"model.visual is a {found}; patch embeddings are known for open_clip's VisionTransformer (pool_type 'tok' or "
-        f"'avg', attentional_pool true or false), ModifiedResNet, and timm's {known}"
-    )
+            return f"VisionTransformer with attentional_pool {visual.attn_pool_type!r}"
+        return None if visual.pool_type in ("tok", "avg") else f"VisionTransformer with pool_type {visual.pool_type!r}"
+    if not isinstance(visual, TimmModel):
+        return type(visual).__name__
+    if not isinstance(visual.trunk, SEQUENCE_TRUNKS + MAP_TRUNKS):
+        return f"TimmModel with a {type(visual.trunk).__name__} trunk"
+    if hasattr(visual.head, "pool"):
+        return f"TimmModel with a {type(visual.head.pool).__name__} of its own"
+    pool = getattr(visual.trunk, "attn_pool", None)
+    if pool is not None and (not isinstance(pool, AttentionPoolLatent) or pool.pos_embed is not None):
+        return f"TimmModel with a {type(pool).__name__} that knows positions"
+    return None
 
 
 def _vision_transformer(visual: VisionTransformer, images: Tensor) -> tuple[Any, Tensor, tuple[int, int]]:
