@@ -1,6 +1,5 @@
 """Tiny untrained open_clip models of every kind that can be surfaced, and tokenizers made here."""
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,26 +8,20 @@ import open_clip
 import pytest
 import timm
 import torch
-import transformers
 from open_clip import CLIP, CoCa, CustomTextCLIP
-from open_clip.tokenizer import HFTokenizer
 from open_clip.utils import to_2tuple
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     M2M100Config,
     MT5Config,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     XLMRobertaConfig,
 )
 
 EMBED_DIM, CONTEXT, VOCABULARY = 16, 8, 64
 START, END = VOCABULARY - 2, VOCABULARY - 1
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-WORDS = ("a", "red", "dog", "runs", "!")
 
 VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": (16, 24)}
 ATTENTIONAL = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}
@@ -201,24 +194,6 @@ class ToyTokenizer:
 
     sot_token_id = START
     eot_token_id = END
-
-
-def hf_tokenizer(folder: Path, template: str | None, **special: str) -> HFTokenizer:
-    """open_clip's tokenizer over words, saved in `folder`; `template` puts specials around a caption ("$A")."""
-    if open_clip.__version__ < "3.3" and transformers.__version__ >= "5":
-        pytest.skip("open_clip's HFTokenizer works with transformers 5 from 3.3.0 on")
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if template:
-        ids = [(word, vocabulary[word]) for word in SPECIAL]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return HFTokenizer(str(folder), context_length=CONTEXT)
-
-
-def ids_of(tokenizer: HFTokenizer) -> dict[str, int]:
-    return json.loads(tokenizer.tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
 
 
 def _text(name: str) -> dict[str, Any]:
