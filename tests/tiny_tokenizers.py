@@ -9,6 +9,7 @@ import pytest
 import transformers
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
 from tiny_models import CONTEXT
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertTokenizer,
     GemmaTokenizer,
@@ -44,6 +45,13 @@ def _merges(*special: str, space: str) -> dict[str, Any]:
     return {"vocab": {piece: index for index, piece in enumerate(pieces)}, "merges": list(dict.fromkeys(merges))}
 
 
+def _gpt2_that_writes_its_end() -> GPT2Tokenizer:
+    tokenizer = GPT2Tokenizer(**_merges("<|endoftext|>", "<pad>", space="Ġ"), pad_token="<pad>")
+    end = [("<|endoftext|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=end)
+    return tokenizer
+
+
 SENTENCEPIECE = ("<s>", "<pad>", "</s>", "<unk>")
 GEMMA = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
@@ -64,6 +72,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "NLLB, legacy": lambda: NllbTokenizer(
         **_merges(*SENTENCEPIECE, space="▁"), src_lang="eng_Latn", legacy_behaviour=True
     ),
+    "GPT-2, end written": _gpt2_that_writes_its_end,
     "GPT-2": lambda: GPT2Tokenizer(**_merges("<|endoftext|>", space="Ġ"), pad_token="<|endoftext|>"),
     "GPT-2, padded left": lambda: GPT2Tokenizer(
         **_merges("<|endoftext|>", space="Ġ"), pad_token="<|endoftext|>", padding_side="left"

@@ -129,6 +129,8 @@ CONVENTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "words": ("111.....", "........", "111111..", "111....."),
         "all": ("11111...", "11......", "11111111", "11111..."),
     },
+    # a red dog <|endoftext|> <pad> ...: the end is the unknown word as well.
+    "GPT-2, end written": END,
     # a red dog <|endoftext|> ...: the end is known, but not written; all of them are padding.
     "GPT-2": NEITHER,
     "GPT-2, padded left": {
