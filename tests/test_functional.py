@@ -230,26 +230,11 @@ def test_token_reduction_is_the_mean_over_all_tokens_and_sample_reduction_over_c
     close(batch.but(reduction="sample").loss(), (one + four) / 3)
 
 
-# The whole loss: what must hold for every input
+# The whole loss (what must hold of it for every input: test_invariants.py)
 
 
 @given(batches(), st.integers(1, 3))
-def test_padding_captions_changes_nothing(batch: Batch, extra: int) -> None:
-    b, length, d = batch.token_features.shape
-    noise = torch.randn(b, extra, d, dtype=torch.float64)
-    padded = batch.but(
-        token_features=torch.cat([batch.token_features, 5 * noise], dim=1),
-        token_mask=torch.cat([batch.token_mask, torch.zeros(b, extra, dtype=torch.bool)], dim=1),
-    )
-    if batch.region_mask is not None:
-        anything = torch.rand(b, extra, batch.patch_features.shape[1]) < 0.5
-        padded = padded.but(region_mask=torch.cat([batch.region_mask, anything], dim=1))
-    close(padded.loss(), batch.loss())
-    close(padded.weights()[:, :length], batch.weights())
-
-
-@given(batches(), st.integers(1, 3))
-def test_adding_masked_patches_changes_nothing(batch: Batch, extra: int) -> None:
+def test_masked_patches_leave_the_alignment_of_the_others(batch: Batch, extra: int) -> None:
     b, p, d = batch.patch_features.shape
     patch_mask = torch.ones(b, p, dtype=torch.bool) if batch.patch_mask is None else batch.patch_mask
     padded = batch.but(
@@ -259,13 +244,12 @@ def test_adding_masked_patches_changes_nothing(batch: Batch, extra: int) -> None
     if batch.region_mask is not None:
         anything = torch.rand(b, batch.token_features.shape[1], extra) < 0.5
         padded = padded.but(region_mask=torch.cat([batch.region_mask, anything], dim=2))
-    close(padded.loss(), batch.loss())
     close(padded.weights()[..., :p], batch.weights())
     assert (padded.weights()[..., p:] == 0).all()
 
 
 @given(batches(), st.randoms(use_true_random=False))
-def test_permuting_patches_permutes_the_alignment_and_leaves_the_loss(batch: Batch, random: object) -> None:
+def test_permuting_patches_permutes_the_alignment(batch: Batch, random: object) -> None:
     order = list(range(batch.patch_features.shape[1]))
     random.shuffle(order)
     permuted = batch.but(
@@ -274,11 +258,10 @@ def test_permuting_patches_permutes_the_alignment_and_leaves_the_loss(batch: Bat
         region_mask=None if batch.region_mask is None else batch.region_mask[..., order],
     )
     close(permuted.weights(), batch.weights()[..., order])
-    close(permuted.loss(), batch.loss())
 
 
 @given(batches(), st.randoms(use_true_random=False))
-def test_permuting_tokens_permutes_the_alignment_and_leaves_the_loss(batch: Batch, random: object) -> None:
+def test_permuting_tokens_permutes_the_alignment(batch: Batch, random: object) -> None:
     order = list(range(batch.token_features.shape[1]))
     random.shuffle(order)
     permuted = batch.but(
@@ -287,39 +270,6 @@ def test_permuting_tokens_permutes_the_alignment_and_leaves_the_loss(batch: Batc
         region_mask=None if batch.region_mask is None else batch.region_mask[:, order],
     )
     close(permuted.weights(), batch.weights()[:, order])
-    close(permuted.loss(), batch.loss())
-
-
-@given(batches(reduction="sample"))
-def test_a_batch_is_the_mean_of_its_samples(batch: Batch) -> None:
-    alone = [batch.but(**sample(batch, index)).loss() for index in range(len(batch.token_mask))]
-    close(batch.loss(), sum(alone) / len(alone))
-
-
-@given(batches())
-def test_the_mask_of_a_token_decides_whether_it_has_a_gradient(batch: Batch) -> None:
-    batch = batch.with_gradients()
-    batch.loss().backward()
-    assert (batch.token_features.grad[~batch.token_mask] == 0).all()
-    assert batch.token_features.grad.isfinite().all()
-    assert batch.patch_features.grad.isfinite().all()
-
-
-@given(batches(masks=False))
-def test_masks_that_are_all_true_change_nothing(batch: Batch) -> None:
-    (b, length, _), p = batch.token_features.shape, batch.patch_features.shape[1]
-    patch_mask = torch.ones(b, p, dtype=torch.bool)
-    region_mask = torch.ones(b, length, p, dtype=torch.bool)
-    assert torch.equal(batch.but(patch_mask=patch_mask, region_mask=region_mask).loss(), batch.loss())
-
-
-@given(batches())
-def test_patches_that_no_token_may_use_get_no_gradient(batch: Batch) -> None:
-    patch_mask = torch.ones(batch.patch_features.shape[:2], dtype=torch.bool)
-    patch_mask[:, 0] = False
-    batch = batch.but(patch_mask=patch_mask).with_gradients()
-    batch.loss().backward()
-    assert (batch.patch_features.grad[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
