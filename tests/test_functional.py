@@ -230,7 +230,7 @@ def test_token_reduction_is_the_mean_over_all_tokens_and_sample_reduction_over_c
     close(batch.but(reduction="sample").loss(), (one + four) / 3)
 
 
-# The whole loss (what must hold of it for every input: test_invariants.py)
+# The whole loss (what must hold of it for every input: test_invariants.py, test_degenerate.py)
 
 
 @given(batches(), st.integers(1, 3))
@@ -272,28 +272,6 @@ def test_permuting_tokens_permutes_the_alignment(batch: Batch, random: object) -
     close(permuted.weights(), batch.weights()[:, order])
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_valid_token_gives_zero(alignment: str, reduction: str) -> None:
-    batch = lengths_batch([1, 1]).but(alignment=alignment, reduction=reduction)
-    close(batch.loss(), 0.0)
-
-
-def test_an_empty_caption_adds_nothing() -> None:
-    batch = lengths_batch([3, 0])
-    close(batch.loss(), batch.but(**sample(batch, 0)).loss())
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_batch_without_any_token_gives_zero_attached_to_the_graph(reduction: str) -> None:
-    batch = lengths_batch([0, 0]).but(reduction=reduction).with_gradients()
-    loss = batch.loss()
-    loss.backward()
-    assert loss.item() == 0
-    assert (batch.patch_features.grad == 0).all()
-    assert (batch.token_features.grad == 0).all()
-
-
 def test_a_token_that_may_use_no_patch_does_not_count() -> None:
     batch = lengths_batch([4])
     region_mask = torch.ones(1, 4, 6, dtype=torch.bool)
@@ -301,18 +279,6 @@ def test_a_token_that_may_use_no_patch_does_not_count() -> None:
     without = batch.token_mask.clone()
     without[0, 2] = False
     close(batch.but(region_mask=region_mask).loss(), batch.but(token_mask=without).loss())
-
-
-@pytest.mark.parametrize("zero", ["patch_features", "token_features"])
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-def test_zero_features_give_a_finite_loss_and_gradient(zero: str, alignment: str) -> None:
-    batch = lengths_batch([3, 2]).but(alignment=alignment)
-    batch = batch.but(**{zero: torch.zeros_like(getattr(batch, zero))}).with_gradients()
-    loss = batch.loss()
-    loss.backward()
-    assert loss.isfinite()
-    assert batch.patch_features.grad.isfinite().all()
-    assert batch.token_features.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

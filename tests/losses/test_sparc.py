@@ -9,6 +9,7 @@ import pytest
 import torch
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -268,6 +269,19 @@ def test_compiles_without_a_graph_break(outputs: dict[str, Tensor], options: dic
     loss = SparcLoss(**options)
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     assert_close(compiled(**outputs), loss(**outputs))
+
+
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+def test_other_caption_lengths_compile_nothing_anew(outputs: dict[str, Tensor], reduction: str) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    loss = SparcLoss(reduction=reduction)
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    longest = outputs["token_mask"].shape[1]
+    for length in range(longest + 1):
+        batch = {**outputs, "token_mask": (torch.arange(longest) < length).expand_as(outputs["token_mask"])}
+        assert_close(compiled(**batch), loss(**batch))
+    assert counter.frame_count == 1
 
 
 # Bad settings

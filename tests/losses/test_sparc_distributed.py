@@ -1,36 +1,82 @@
-"""Two real processes under DistributedDataParallel do what one process does on the whole batch."""
+"""Several real processes do together what one process does on the whole batch."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
 from ranks import run_ranks
 from torch import Tensor
 from torch.testing import assert_close
-from toy_training import LENGTHS, train_every_way, train_step, whole_batch
+from toy_training import LENGTHS, Setting, train_every_way, train_step, whole_batch
 
-WORLD_SIZE = 2
 # SigLipLoss knows no local_loss.
 LOSSES = [("ClipLoss", False), ("ClipLoss", True), ("SigLipLoss", False)]
 SETTINGS = {
-    f"{lengths}, {loss}{', local_loss' if local_loss else ''}, {reduction}": (lengths, loss, reduction, local_loss)
+    f"{lengths}, {loss}{', local_loss' if local_loss else ''}, {reduction}": Setting(
+        lengths, loss, local_loss, reduction
+    )
     for lengths, (loss, local_loss), reduction in product(LENGTHS, LOSSES, ("token", "sample"))
+}
+SETTINGS |= {f"{lengths}, FSDP2": Setting(lengths, wrapper="FSDP2") for lengths in LENGTHS}
+ACCUMULATED = {
+    f"{lengths}, {reduction}, accum_freq 3": Setting(lengths, reduction=reduction, accum_freq=3)
+    for lengths, reduction in product(LENGTHS, ("token", "sample"))
 }
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda number: f"{number} ranks")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """For each rank, what it made of each setting."""
-    return run_ranks(train_every_way, WORLD_SIZE, tmp_path_factory.mktemp("ranks"), SETTINGS)
+    return run_ranks(train_every_way, request.param, tmp_path_factory.mktemp("ranks"), SETTINGS | ACCUMULATED)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_two_ranks_equal_one_process(ranks: list, setting: str) -> None:
-    lengths, *options = SETTINGS[setting]
-    expected = train_step(whole_batch(LENGTHS[lengths]), *options)
-    results = [result[setting] for result in ranks]
+def on_one_process(setting: Setting, world_size: int) -> dict[str, Tensor]:
+    return train_step(replace(setting, wrapper="none", accum_freq=1), whole_batch(setting.lengths, world_size))
 
-    mean_loss = sum(result["loss"] for result in results) / WORLD_SIZE
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ranks_equal_one_process(ranks: list[dict[str, dict]], name: str) -> None:
+    expected = on_one_process(SETTINGS[name], len(ranks))
+    results = [result[name] for result in ranks]
+    mean_loss = sum(result["loss"] for result in results) / len(ranks)
     assert_close(mean_loss, expected.pop("loss"), rtol=1e-10, atol=1e-10)
-    for name, gradient in expected.items():
+    for parameter, gradient in expected.items():
         for result in results:
-            assert_close(result[name], gradient, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            assert_close(result[parameter], gradient, rtol=1e-10, atol=1e-10)
+
+
+def assert_accumulated(result: dict[str, Tensor], expected: dict[str, Tensor], accum_freq: int) -> None:
+    for parameter, gradient in expected.items():
+        if parameter != "loss":
+            # open_clip's loop goes back through the scale once for every part.
+            times = accum_freq if parameter == "logit_scale" else 1
+            assert_close(result[parameter], times * gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_accumulated_parts_equal_one_batch_of_their_size(name: str) -> None:
+    setting = replace(ACCUMULATED[name], wrapper="none")
+    result = train_step(setting, whole_batch(setting.lengths, 2))
+    assert_close(result["loss"], on_one_process(setting, 2)["loss"], rtol=1e-10, atol=1e-10)
+    assert_accumulated(result, on_one_process(setting, 2), setting.accum_freq)
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_accumulated_parts_on_many_ranks_equal_one_process(ranks: list[dict[str, dict]], name: str) -> None:
+    expected = on_one_process(ACCUMULATED[name], len(ranks))
+    for result in ranks:
+        assert_accumulated(result[name], expected, ACCUMULATED[name].accum_freq)
+
+
+def test_a_single_rank_under_ddp_is_one_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+    setting = Setting("very different lengths")
+    (result,) = run_ranks(train_every_way, 1, tmp_path_factory.mktemp("rank"), {"alone": setting})
+    for name, value in on_one_process(setting, 1).items():
+        assert_close(result["alone"][name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_the_parts_of_a_batch_differ_so_that_a_local_mean_would_show() -> None:
+    """The captions of the ranks have different numbers of tokens, without which most mistakes would pass."""
+    mask = whole_batch("very different lengths", 3)["token_mask"]
+    assert len({int(part.sum()) for part in torch.chunk(mask, 3)}) == 3
