@@ -5,6 +5,7 @@ With several processes: `torchrun --nproc_per_node 8 -- -m sparc_loss.train --lo
 
 import logging
 import sys
+import zipfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -93,8 +94,9 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
         )
     for flag, path in (("--train-data", args.train_data), ("--val-data", args.val_data)):
         is_csv = args.dataset_type == "csv" or (args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv")))
-        if path and is_csv and not Path(path).is_file():
-            parser.error(f"argument {flag}: there is no file {path!r}; expected a CSV file")
+        if path and is_csv and rank == 0:
+            _check_csv(parser, args, flag, path)
+    _check_checkpoint(parser, args, log.parent)
     if args.loss_dist_impl in registered_losses():
         # `--los sparc` lands there: argparse takes an unambiguous abbreviation for the whole flag.
         parser.error(
@@ -107,6 +109,52 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
                     f"argument --{flag}: not with --loss {args.loss}; "
                     "a TorchScript model cannot return what a loss plug-in asks of it"
                 )
+
+
+def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> None:
+    import pandas
+
+    if not Path(path).is_file():
+        parser.error(f"argument {flag}: there is no file {path!r}; expected a CSV file")
+    columns = pandas.read_csv(path, sep=args.csv_separator, nrows=0).columns
+    for key_flag, key in (("--csv-img-key", args.csv_img_key), ("--csv-caption-key", args.csv_caption_key)):
+        if key not in columns:
+            parser.error(
+                f"argument {key_flag}: {path} has no column {key!r}; expected one of {', '.join(map(repr, columns))} "
+                f"(columns are separated by {args.csv_separator!r}, see --csv-separator)"
+            )
+    captions = pandas.read_csv(path, sep=args.csv_separator, usecols=[args.csv_caption_key])[args.csv_caption_key]
+    empty = captions.isna().sum()
+    if empty:
+        print(
+            f"{PROG}: warning: {empty} of {len(captions)} captions in {path} are empty; open_clip reads each of them "
+            "as the word 'nan'",
+            file=sys.stderr,
+        )
+
+
+def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> None:
+    import torch
+    from open_clip_train.main import LATEST_CHECKPOINT_NAME, get_latest_checkpoint
+
+    path = args.resume
+    if path is None or args.remote_sync or "://" in path:
+        return
+    if path == "latest":
+        folder = run / "checkpoints"
+        path = folder / LATEST_CHECKPOINT_NAME if args.save_most_recent else get_latest_checkpoint(str(folder), False)
+        if path is None or not Path(path).exists():
+            return  # open_clip then starts from the beginning
+    elif not Path(path).is_file():
+        parser.error(f"argument --resume: there is no file {path!r}; expected a checkpoint, or latest")
+    if not zipfile.is_zipfile(path):  # what torch.save has written since 1.6; the end of a file tells that it is whole
+        try:
+            torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:
+            parser.error(
+                f"argument --resume: {path} is no whole checkpoint ({type(error).__name__}), as when a run ends or a "
+                "disk is full while it is written; remove it to go on from the one before"
+            )
 
 
 if __name__ == "__main__":
