@@ -3,14 +3,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
+# The lower ends of the ranges in pyproject.toml. Best with the oldest Python too: make test-oldest PYTHON=python3.10
+OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 einops==0.8.0
 
-.PHONY: help install train test lint clean
+.PHONY: help install train test test-oldest fuzz lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table and a picture"
 	@echo "make test    run the tests"
+	@echo "make fuzz    hold the loss against its slow reference in 20,000 random cases"
+	@echo "make test-oldest  run the tests with the oldest torch and open_clip that are claimed"
 	@echo "make lint    check style and formatting"
-	@echo "make clean   remove the virtual environment (runs/ stays)"
+	@echo "make clean   remove the virtual environments (runs/ stays)"
 
 install: $(STAMP)
 
@@ -29,9 +33,21 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto
 
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --cases 20000
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest --numprocesses auto
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --progress-bar off --quiet --editable '.[test]' $(foreach each,$(OLDEST),'$(each)')
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest

@@ -1,0 +1,24 @@
+"""The short form of `make fuzz`."""
+
+import pytest
+import torch
+from fuzz import TOLERANCES, fuzz
+from torch import Tensor
+
+from sparc_loss.functional import fine_grained_loss
+
+
+def test_random_cases_equal_the_slow_reference_in_every_dtype() -> None:
+    worst, counts = fuzz(cases=1000)
+    assert counts["left out"] < 50
+    assert worst.keys() == TOLERANCES.keys()
+    assert all(error < TOLERANCES[dtype] for dtype, error in worst.items()), worst
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_small_mistake_is_found(dtype: torch.dtype) -> None:
+    def with_every_token(*, token_mask: Tensor, **others: object) -> Tensor:
+        return fine_grained_loss(token_mask=torch.ones_like(token_mask), **others)
+
+    worst, _ = fuzz(cases=200, function=with_every_token)
+    assert worst[dtype] > 0.01
