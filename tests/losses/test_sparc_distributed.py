@@ -18,7 +18,9 @@ SETTINGS = {
     )
     for lengths, (loss, local_loss), reduction in product(LENGTHS, LOSSES, ("token", "sample"))
 }
-SETTINGS |= {f"{lengths}, FSDP2": Setting(lengths, wrapper="FSDP2") for lengths in LENGTHS}
+SHARDED = {f"{lengths}, FSDP2": Setting(lengths, wrapper="FSDP2") for lengths in LENGTHS}
+# torch 2.6 shards on GPUs only.
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 ACCUMULATED = {
     f"{lengths}, {reduction}, accum_freq 3": Setting(lengths, reduction=reduction, accum_freq=3)
     for lengths, reduction in product(LENGTHS, ("token", "sample"))
@@ -28,22 +30,33 @@ ACCUMULATED = {
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda number: f"{number} ranks")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """For each rank, what it made of each setting."""
-    return run_ranks(train_every_way, request.param, tmp_path_factory.mktemp("ranks"), SETTINGS | ACCUMULATED)
+    settings = SETTINGS | ACCUMULATED | (SHARDED if SHARDS_ON_CPU else {})
+    return run_ranks(train_every_way, request.param, tmp_path_factory.mktemp("ranks"), settings)
 
 
 def on_one_process(setting: Setting, world_size: int) -> dict[str, Tensor]:
     return train_step(replace(setting, wrapper="none", accum_freq=1), whole_batch(setting.lengths, world_size))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_ranks_equal_one_process(ranks: list[dict[str, dict]], name: str) -> None:
-    expected = on_one_process(SETTINGS[name], len(ranks))
+def assert_equal_one_process(ranks: list[dict[str, dict]], name: str, setting: Setting) -> None:
+    expected = on_one_process(setting, len(ranks))
     results = [result[name] for result in ranks]
     mean_loss = sum(result["loss"] for result in results) / len(ranks)
     assert_close(mean_loss, expected.pop("loss"), rtol=1e-10, atol=1e-10)
     for parameter, gradient in expected.items():
         for result in results:
             assert_close(result[parameter], gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ranks_equal_one_process(ranks: list[dict[str, dict]], name: str) -> None:
+    assert_equal_one_process(ranks, name, SETTINGS[name])
+
+
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
+@pytest.mark.parametrize("name", SHARDED)
+def test_ranks_that_shard_the_parameters_equal_one_process(ranks: list[dict[str, dict]], name: str) -> None:
+    assert_equal_one_process(ranks, name, SHARDED[name])
 
 
 def assert_accumulated(result: dict[str, Tensor], expected: dict[str, Tensor], accum_freq: int) -> None:
