@@ -1,15 +1,12 @@
 """Input with nothing to compare: the loss has a value that is worked out by hand, and a finite gradient."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
+from implementations import IMPLEMENTATIONS
 from torch.testing import assert_close
 
-from sparc_loss.functional import REDUCTIONS, fine_grained_loss
+from sparc_loss.functional import REDUCTIONS
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"eager": fine_grained_loss}
 SCALE = 10.0
 EAST, NORTH, ZERO = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
 DIAGONAL = 0.5**0.5  # cosine of 45 degrees

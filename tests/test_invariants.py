@@ -9,21 +9,15 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from implementations import IMPLEMENTATIONS
 from strategies import Batch, batches, settings
 from torch import Tensor
 from torch.testing import assert_close
 
-from sparc_loss.functional import alignment_weights, fine_grained_loss, sequence_contrastive_loss
+from sparc_loss.functional import alignment_weights, sequence_contrastive_loss
 from sparc_loss.testing import INVARIANTS, LocalBatch, local_batches, padding_patches_changes_nothing
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"eager": fine_grained_loss}
-
 close = partial(assert_close, rtol=1e-9, atol=1e-9)
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
-    return IMPLEMENTATIONS[request.param]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

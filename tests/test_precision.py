@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from implementations import IMPLEMENTATIONS
 from strategies import Batch
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from sparc_loss import SparcLoss
 from sparc_loss.functional import ALIGNMENTS, fine_grained_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"eager": fine_grained_loss}
 FEATURES = ("patch_features", "token_features")
 
 

@@ -1,9 +1,12 @@
 """SPARC: open_clip's global loss plus the fine-grained loss within each pair (arXiv 2401.09865, Eq. 7)."""
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparc_loss import functional, fused
 from sparc_loss._validation import check_choice, check_features, check_number
 from sparc_loss.functional import (
     ALIGNMENTS,
@@ -11,10 +14,11 @@ from sparc_loss.functional import (
     Alignment,
     Reduction,
     countable_tokens,
-    fine_grained_loss,
 )
 
-IMPLEMENTATIONS = ("auto", "eager")
+IMPLEMENTATIONS = ("auto", "eager", "fused")
+
+logger = logging.getLogger(__name__)
 
 
 class SparcLoss(nn.Module):
@@ -30,8 +34,10 @@ class SparcLoss(nn.Module):
         alignment: "sparse" (the paper), "dense" (no Eq. 3) or "softmax" (over patches, instead of Eqs. 2-4).
         reduction: "token" (the paper's Listing 1) or "sample" (its Eq. 6).
         fine_grained_scale: 1/tau of the fine-grained half; None shares the model's learned `logit_scale` (the paper).
-        implementation: "auto" takes the fastest there is for the input, "eager" the plain functions of
-            `sparc_loss.functional`. Today these are the same.
+        implementation: "eager" takes the plain functions of `sparc_loss.functional`, differentiable to any order and
+            compiled without a graph break; "fused" takes `sparc_loss.fused`, cheaper, with first derivatives only and
+            a graph break under torch.compile. "auto" takes "fused" on CPU and CUDA outside torch.compile, else
+            "eager", and logs which at debug level when that changes.
         global_loss: a module called like open_clip's losses and returning a dict with `contrastive_loss`, such as
             SigLipLoss or CoCaLoss; its other terms pass through unweighted. None makes a ClipLoss.
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
@@ -95,6 +101,7 @@ class SparcLoss(nn.Module):
         self.reduction = reduction
         self.fine_grained_scale = fine_grained_scale
         self.implementation = implementation
+        self._logged: str | None = None
         self.world_size = world_size
         self.global_loss = global_loss or _clip_loss()(
             local_loss=local_loss,
@@ -194,6 +201,7 @@ class SparcLoss(nn.Module):
     ) -> Tensor:
         if self.fine_grained_weight == 0:
             return patch_features.new_zeros((), dtype=torch.float32)
+        fine_grained_loss = fused.fine_grained_loss if self._fuses(patch_features) else functional.fine_grained_loss
         loss = fine_grained_loss(
             patch_features,
             token_features,
@@ -212,6 +220,25 @@ class SparcLoss(nn.Module):
             dist.all_reduce(everywhere)
             loss = loss * here * self.world_size / everywhere.clamp(min=1)
         return self.fine_grained_weight * loss
+
+    def _fuses(self, patch_features: Tensor) -> bool:
+        if self.implementation != "auto":
+            return self.implementation == "fused"
+        if torch.compiler.is_compiling():
+            _log_choice("eager", "inside torch.compile")
+            return False
+        device = patch_features.device.type
+        choice = "fused" if device in ("cpu", "cuda") else "eager"
+        if choice != self._logged:
+            self._logged = choice
+            _log_choice(choice, f"on {device}")
+        return choice == "fused"
+
+
+# Runs once while a graph is traced, instead of breaking it.
+@torch.compiler.assume_constant_result
+def _log_choice(choice: str, where: str) -> None:
+    logger.debug("implementation='auto' takes the %s fine-grained loss %s", choice, where)
 
 
 def _clip_loss() -> type[nn.Module]:
