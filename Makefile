@@ -6,11 +6,12 @@ STAMP  := $(VENV)/installed
 # The lower ends of the ranges in pyproject.toml. Best with the oldest Python too: make test-oldest PYTHON=python3.10
 OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 einops==0.8.0
 
-.PHONY: help install train test test-oldest fuzz lint clean
+.PHONY: help install train test test-oldest fuzz bench lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table and a picture"
 	@echo "make test    run the tests"
+	@echo "make bench   measure what the fine-grained loss costs; minutes"
 	@echo "make fuzz    hold the loss against its slow reference in 20,000 random cases"
 	@echo "make test-oldest  run the tests with the oldest torch and open_clip that are claimed"
 	@echo "make lint    check style and formatting"
@@ -32,6 +33,9 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto
+
+bench: $(STAMP)
+	$(BIN)/python -m examples.benchmark
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 20000

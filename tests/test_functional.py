@@ -326,6 +326,10 @@ def test_the_scale_may_be_a_number_or_a_tensor_of_one_element() -> None:
         assert torch.equal(batch.but(logit_scale=scale).loss(), batch.loss())
 
 
+def test_the_scale_does_not_change_the_dtype_of_the_loss() -> None:
+    assert float32_batch().but(logit_scale=torch.tensor([10.0], dtype=torch.float64)).loss().dtype == torch.float32
+
+
 # Precision
 
 

@@ -139,9 +139,11 @@ def sequence_contrastive_loss(
     check_features("b l d, b l d", grouped=grouped, token_features=token_features)
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
     check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
     cosine = _einsum(_l2_normalised(grouped), _l2_normalised(token_features), "b j d, b k d -> b j k")
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
+        logit_scale = logit_scale.reshape(()).to(cosine)
     logits = cosine * logit_scale
 
     both_count = rearrange(token_mask, "b j -> b j 1") & rearrange(token_mask, "b k -> b 1 k")

@@ -1,0 +1,148 @@
+"""The benchmark measures what it says, and its deterministic figures keep within their bounds."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from open_clip.loss import ClipLoss
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+WHOLE = (256, 196, 77, 512)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    from examples import benchmark
+
+    return benchmark
+
+
+# What must hold, at the benchmark's own shapes
+
+
+def test_flops_are_within_a_fifth_of_the_valid_tokens_and_a_fifth_of_the_listings(benchmark: ModuleType) -> None:
+    batch = benchmark.make_batch(WHOLE, torch.float32)
+    numbers = batch.token_mask.sum(dim=1)
+    assert 16 <= numbers.float().mean() <= 17
+    assert numbers.max() == 77
+    minimum = 512 * (12 * 196 * numbers.sum() + 6 * numbers.square().sum()).item()
+    ours = benchmark.count_flops(benchmark.fused_loss, batch)
+    assert minimum <= ours <= 1.2 * minimum
+    listing = benchmark.count_flops(benchmark.listing_loss, benchmark.make_batch(WHOLE, torch.float32, "meta"))
+    assert ours <= listing / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("patches", [196, 49])
+def test_memory_is_the_gradients_and_little_more(benchmark: ModuleType, patches: int, dtype: torch.dtype) -> None:
+    batch = benchmark.make_batch((256, patches, 77, 512), dtype)
+    gradients = sum(each.nbytes for each in (batch.patch_features, batch.token_features))
+    peak, _ = benchmark.allocated_bytes(lambda: benchmark.step(benchmark.fused_loss, batch))
+    assert gradients < peak <= 1.25 * gradients
+    # The workspace keeps its bound; beside it, the positions of the tokens: two int64 for each.
+    assert peak <= gradients + 8 * 2**20 + 3 * 8 * batch.token_mask.numel()
+
+
+def test_autograd_saves_nothing_beyond_the_inputs(benchmark: ModuleType) -> None:
+    batch = benchmark.make_batch((64, 49, 77, 64), torch.float32)
+    assert benchmark.saved_bytes(benchmark.fused_loss, batch) == 0
+    assert benchmark.saved_bytes(benchmark.listing_loss, batch) > 10 * batch.token_mask.numel() * 4
+
+
+def test_between_forward_and_backward_the_gradients_are_held_or_with_recompute_nothing(benchmark: ModuleType) -> None:
+    batch = benchmark.make_batch((64, 49, 77, 64), torch.float32)
+    gradients = sum(each.nbytes for each in (batch.patch_features, batch.token_features))
+    _, held = benchmark.allocated_bytes(lambda: benchmark.fused_loss(batch))
+    assert gradients <= held <= gradients + 1000
+    _, held = benchmark.allocated_bytes(lambda: benchmark.fused_loss(batch, recompute=True))
+    assert held <= 1000
+
+
+def test_sparc_costs_at_most_half_a_percent_of_a_clip_step(benchmark: ModuleType) -> None:
+    *rows, model = benchmark.update_steps()
+    assert model["gflops_of_a_pair"] == pytest.approx(123.0, abs=0.1)
+    assert sum(model["shares"].values()) <= 0.005
+    assert model["shares"]["fine-grained loss"] <= 0.0003
+    assert [(row["batch_size"], row["objective"]) for row in rows] == [
+        (size, name) for size in (2048, 4096, 8192, 16384) for name in ("CLIP", "SPARC")
+    ]
+
+
+# What the benchmark compares and counts
+
+
+def test_the_listing_is_the_same_loss(benchmark: ModuleType) -> None:
+    batch = benchmark.make_batch((8, 16, 12, 32), torch.float64)
+    losses = [loss(batch) for loss in (benchmark.listing_loss, benchmark.eager_loss, benchmark.fused_loss)]
+    assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    assert_close(losses[2], losses[1], rtol=1e-12, atol=0)
+
+
+def test_the_matrix_products_are_those_of_valid_tokens(benchmark: ModuleType) -> None:
+    batch = benchmark.make_batch((8, 16, 12, 32), torch.float32)
+    assert benchmark.count_flops(benchmark.matrix_products, batch) == 12 * batch.token_mask.sum() * 16 * 32
+
+
+def test_the_formula_of_the_fine_grained_loss_is_what_is_counted(benchmark: ModuleType) -> None:
+    batch = benchmark.make_batch((6, 9, 5, 7), torch.float32)
+    batch.token_mask[:] = torch.arange(5) < 4
+    sizes = benchmark.Sizes(pairs=6, ranks=1, patches=9, length=5, tokens=4, dim=7, bytes_each=4)
+    cost = benchmark.fine_grained_cost(sizes)
+    assert benchmark.count_flops(benchmark.fused_loss, batch) == cost.flops
+    _, held = benchmark.allocated_bytes(lambda: benchmark.fused_loss(batch))
+    assert held == pytest.approx(cost.bytes - 8 * 2**20, abs=1000)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_formula_of_the_global_loss_is_what_is_counted(benchmark: ModuleType, ranks: int) -> None:
+    own = [F.normalize(torch.randn(6, 7), dim=-1).requires_grad_() for _ in range(2)]
+
+    def gather(*own: Tensor, **_: object) -> list[Tensor]:
+        return [torch.cat([features] * ranks) for features in own[:2]]
+
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=ranks)
+    with mock.patch("open_clip.loss.gather_features", gather), FlopCounterMode(display=False) as counter:
+        loss(*own, torch.tensor(10.0)).backward()
+    assert counter.get_total_flops() == benchmark.clip_cost(benchmark.Sizes(pairs=6, ranks=ranks, dim=7)).flops
+
+
+def test_allocated_bytes_are_peak_and_kept(benchmark: ModuleType) -> None:
+    def action() -> Tensor:
+        torch.empty(3000, dtype=torch.uint8)
+        return torch.cat([torch.empty(1000, dtype=torch.uint8), torch.empty(1000, dtype=torch.uint8)])
+
+    peak, kept = benchmark.allocated_bytes(action)
+    assert 4000 <= peak < 4500
+    assert 2000 <= kept < 2500
+
+
+# The command
+
+
+def test_quick_prints_its_tables_and_writes_figures_and_plot(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    benchmark.main(["--quick", "--device", "cpu", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    assert "threads 1" in printed
+    assert "B=4 P=9 L=12 D=16 float32" in printed
+    assert "One update step of ViT-B-16" in printed
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    names = ["fused", "fused, recompute", "eager", "listing", "ClipLoss", "matrix products"]
+    assert [row["implementation"] for row in results["losses"]] == names
+    assert all(low <= median <= high for low, median, high in (row["seconds"] for row in results["losses"]))
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["64,196,77", "1,2,3,0"])
+def test_what_is_no_shape_is_refused(benchmark: ModuleType, text: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--shapes", text])
+    assert f"'{text}' is no shape; expected B,P,L,D such as 64,196,77,512" in capsys.readouterr().err
