@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparc_loss import functional, fused
-from sparc_loss._validation import check_choice, check_features, check_number
+from sparc_loss._validation import check_choice, check_number
 from sparc_loss.functional import (
     ALIGNMENTS,
     REDUCTIONS,
@@ -15,13 +15,14 @@ from sparc_loss.functional import (
     Reduction,
     countable_tokens,
 )
+from sparc_loss.losses.objective import Objective
 
 IMPLEMENTATIONS = ("auto", "eager", "fused")
 
 logger = logging.getLogger(__name__)
 
 
-class SparcLoss(nn.Module):
+class SparcLoss(Objective):
     """lambda_g L_g + lambda_f L_f (Eq. 7), with open_clip's ClipLoss as L_g and its constructor arguments.
 
     Over W ranks the gradient that DistributedDataParallel averages equals that of one process on the whole batch.
@@ -55,6 +56,8 @@ class SparcLoss(nn.Module):
         >>> parts = loss(**model(images, texts), output_dict=True)   # doctest: +SKIP
     """
 
+    settings = ("global_weight", "fine_grained_weight", "threshold", "alignment", "reduction", "fine_grained_scale")
+
     def __init__(
         self,
         global_weight: float = 0.5,
@@ -71,142 +74,47 @@ class SparcLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__()
-        check_number("global_weight", global_weight, 0)
-        check_number("fine_grained_weight", fine_grained_weight, 0)
-        if threshold is not None:
-            check_number("threshold", threshold, 0, 1)
-        check_choice("alignment", alignment, ALIGNMENTS)
-        check_choice("reduction", reduction, REDUCTIONS)
-        if fine_grained_scale is not None:
-            check_number("fine_grained_scale", fine_grained_scale, 0)
-            if fine_grained_scale == 0:
-                raise ValueError("fine_grained_scale is 0; expected a number above 0")
-        check_choice("implementation", implementation, IMPLEMENTATIONS)
-        if world_size > 1 and not (gather_with_grad and getattr(global_loss, "gather_with_grad", True)):
-            raise ValueError(
-                f"gather_with_grad is False with world_size {world_size}; expected True: without it the global "
-                f"loss's gradient is 1/{world_size} of one process's, and its ratio to the fine-grained one changes "
-                "with the number of processes (local_loss may be either)"
-            )
-        if getattr(global_loss, "world_size", world_size) != world_size:
-            raise ValueError(
-                f"global_loss has world_size {global_loss.world_size}; expected the same as SparcLoss, {world_size}"
-            )
-
-        self.global_weight = global_weight
-        self.fine_grained_weight = fine_grained_weight
-        self.threshold = threshold
-        self.alignment = alignment
-        self.reduction = reduction
-        self.fine_grained_scale = fine_grained_scale
-        self.implementation = implementation
-        self._logged: str | None = None
-        self.world_size = world_size
-        self.global_loss = global_loss or _clip_loss()(
+        super().__init__(
+            global_weight=global_weight,
+            fine_grained_weight=fine_grained_weight,
+            fine_grained_scale=fine_grained_scale,
+            global_loss=global_loss,
             local_loss=local_loss,
             gather_with_grad=gather_with_grad,
             cache_labels=cache_labels,
             rank=rank,
             world_size=world_size,
         )
+        if threshold is not None:
+            check_number("threshold", threshold, 0, 1)
+        check_choice("alignment", alignment, ALIGNMENTS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("implementation", implementation, IMPLEMENTATIONS)
 
-    def forward(
+        self.threshold = threshold
+        self.alignment = alignment
+        self.reduction = reduction
+        self.implementation = implementation
+        self._logged: str | None = None
+
+    def fine_grained_term(
         self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
+        *,
+        logit_scale: Tensor | float,
         patch_features: Tensor,
         token_features: Tensor,
         token_mask: Tensor,
-        logit_bias: Tensor | None = None,
-        patch_mask: Tensor | None = None,
-        region_mask: Tensor | None = None,
-        output_dict: bool = False,
-        **others: Tensor,
-    ) -> Tensor | dict[str, Tensor]:
-        """Loss of a batch; the arguments are what a model from `surface_embeddings` returns in training mode.
-
-        Args:
-            image_features: [B, D], L2-normalised.
-            text_features: [B, D], L2-normalised.
-            logit_scale: 1/tau, one element (`model.logit_scale.exp()`).
-            patch_features: [B, P, D], not normalised.
-            token_features: [B, L, D], not normalised.
-            token_mask: bool [B, L], True for the tokens that count.
-            logit_bias: one element or None, for SigLipLoss.
-            patch_mask: bool [B, P] or None, False for padding patches.
-            region_mask: bool [B, L, P] or None, True for the patches a token may use.
-            output_dict: return the weighted terms by name instead of their sum.
-            others: the model's further outputs, handed to `global_loss`.
-
-        Returns:
-            Scalar, or {"contrastive_loss": ..., "fine_grained_loss": ..., and the global loss's other terms},
-            already weighted, whose sum is that scalar.
-
-        Raises:
-            TypeError: features not floating point, a mask not bool.
-            ValueError: ranks, sizes or devices that disagree.
-        """
-        check_features(
-            "b c, b c, b p d, b l d",
-            image_features=image_features,
-            text_features=text_features,
-            patch_features=patch_features,
-            token_features=token_features,
-        )
-        terms = self._global_terms(image_features, text_features, logit_scale, logit_bias, others)
-        terms["fine_grained_loss"] = self._fine_grained_term(
-            patch_features, token_features, token_mask, logit_scale, patch_mask, region_mask
-        )
-        return terms if output_dict else sum(terms.values())
-
-    def extra_repr(self) -> str:
-        """The settings, for `print(loss)`."""
-        names = ("global_weight", "fine_grained_weight", "threshold", "alignment", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "fine_grained_scale"))
-
-    def _global_terms(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None,
-        others: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
-        if self.global_weight == 0 and not others:
-            # DistributedDataParallel waits for the gradient of every parameter: keep what only this half uses.
-            used = [image_features, text_features, logit_scale, logit_bias]
-            return {"contrastive_loss": 0 * sum(each.float().sum() for each in used if isinstance(each, Tensor))}
-        # CoCaLoss and DistillClipLoss know no logit_bias.
-        bias = {} if logit_bias is None else {"logit_bias": logit_bias}
-        terms = self.global_loss(
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
-            output_dict=True,
-            **bias,
-            **others,
-        )
-        return {**terms, "contrastive_loss": self.global_weight * terms["contrastive_loss"]}
-
-    def _fine_grained_term(
-        self,
-        patch_features: Tensor,
-        token_features: Tensor,
-        token_mask: Tensor,
-        logit_scale: Tensor,
         patch_mask: Tensor | None,
         region_mask: Tensor | None,
+        **_: Tensor,
     ) -> Tensor:
-        if self.fine_grained_weight == 0:
-            return patch_features.new_zeros((), dtype=torch.float32)
+        """L_f of this rank's captions, so scaled that the mean over ranks is L_f of the whole batch."""
         fine_grained_loss = fused.fine_grained_loss if self._fuses(patch_features) else functional.fine_grained_loss
         loss = fine_grained_loss(
             patch_features,
             token_features,
             token_mask,
-            logit_scale if self.fine_grained_scale is None else self.fine_grained_scale,
+            logit_scale,
             threshold=self.threshold,
             alignment=self.alignment,
             reduction=self.reduction,
@@ -219,7 +127,7 @@ class SparcLoss(nn.Module):
             everywhere = here.clone()
             dist.all_reduce(everywhere)
             loss = loss * here * self.world_size / everywhere.clamp(min=1)
-        return self.fine_grained_weight * loss
+        return loss
 
     def _fuses(self, patch_features: Tensor) -> bool:
         if self.implementation != "auto":
@@ -239,14 +147,3 @@ class SparcLoss(nn.Module):
 @torch.compiler.assume_constant_result
 def _log_choice(choice: str, where: str) -> None:
     logger.debug("implementation='auto' takes the %s fine-grained loss %s", choice, where)
-
-
-def _clip_loss() -> type[nn.Module]:
-    try:
-        from open_clip.loss import ClipLoss
-    except ImportError as error:
-        raise ImportError(
-            "SparcLoss() uses open_clip's ClipLoss as its global loss, and open_clip cannot be imported "
-            f"({error}); pip install 'sparc-loss[train]', or pass global_loss"
-        ) from error
-    return ClipLoss

@@ -1,0 +1,203 @@
+"""What every objective here is: open_clip's own loss beside a fine-grained term, each with its weight."""
+
+import torch
+from torch import Tensor, nn
+
+from sparc_loss._validation import check_features, check_number
+
+
+class Objective(nn.Module):
+    """global_weight times open_clip's own loss, plus fine_grained_weight times the fine-grained term of a subclass.
+
+    A subclass implements `fine_grained_term`, keeping the promise of all of them: over W ranks the gradient that
+    DistributedDataParallel averages equals that of one process on the whole batch, each rank having as many pairs.
+    It has no parameters, as open_clip optimises the model's only.
+
+    Args:
+        global_weight: scales the `contrastive_loss` of the global loss. 0 skips that half's work.
+        fine_grained_weight: scales the fine-grained term. 0 skips that half's work.
+        fine_grained_scale: 1/tau of the fine-grained term; None shares the model's learned `logit_scale`.
+        global_loss: a module called like open_clip's losses and returning a dict with `contrastive_loss`, such as
+            SigLipLoss or CoCaLoss; its other terms pass through unweighted. None makes a ClipLoss.
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
+
+    Raises:
+        TypeError: a weight or scale that is no number.
+        ValueError: a negative weight, a scale not above 0; `world_size > 1` without `gather_with_grad=True`, or a
+            `global_loss` of another world_size.
+        ImportError: `global_loss` is None and open_clip is not installed.
+    """
+
+    further_inputs: tuple[str, ...] = ()
+    """Names of what `fine_grained_term` takes from the model beyond `forward`'s named arguments."""
+    settings: tuple[str, ...] = ("global_weight", "fine_grained_weight", "fine_grained_scale")
+    """Names of the attributes that `print(loss)` shows."""
+
+    def __init__(
+        self,
+        global_weight: float,
+        fine_grained_weight: float,
+        fine_grained_scale: float | None,
+        global_loss: nn.Module | None,
+        local_loss: bool,
+        gather_with_grad: bool,
+        cache_labels: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        super().__init__()
+        check_number("global_weight", global_weight, 0)
+        check_number("fine_grained_weight", fine_grained_weight, 0)
+        if fine_grained_scale is not None:
+            check_positive("fine_grained_scale", fine_grained_scale)
+        if world_size > 1 and not (gather_with_grad and getattr(global_loss, "gather_with_grad", True)):
+            raise ValueError(
+                f"gather_with_grad is False with world_size {world_size}; expected True: without it the global "
+                f"loss's gradient is 1/{world_size} of one process's, and its ratio to the fine-grained one changes "
+                "with the number of processes (local_loss may be either)"
+            )
+        if getattr(global_loss, "world_size", world_size) != world_size:
+            raise ValueError(
+                f"global_loss has world_size {global_loss.world_size}; "
+                f"expected the same as {type(self).__name__}, {world_size}"
+            )
+
+        self.global_weight = global_weight
+        self.fine_grained_weight = fine_grained_weight
+        self.fine_grained_scale = fine_grained_scale
+        self.world_size = world_size
+        self.global_loss = global_loss or self._clip_loss()(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=cache_labels,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        patch_features: Tensor,
+        token_features: Tensor,
+        token_mask: Tensor,
+        logit_bias: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        region_mask: Tensor | None = None,
+        output_dict: bool = False,
+        **others: Tensor,
+    ) -> Tensor | dict[str, Tensor]:
+        """Loss of a batch; the arguments are what a model from `surface_embeddings` returns in training mode.
+
+        Args:
+            image_features: [B, D], L2-normalised.
+            text_features: [B, D], L2-normalised.
+            logit_scale: 1/tau, one element (`model.logit_scale.exp()`).
+            patch_features: [B, P, D], not normalised.
+            token_features: [B, L, D], not normalised.
+            token_mask: bool [B, L], True for the tokens that count.
+            logit_bias: one element or None, for SigLipLoss.
+            patch_mask: bool [B, P] or None, False for padding patches.
+            region_mask: bool [B, L, P] or None, True for the patches a token may use; SparcLoss only.
+            output_dict: return the weighted terms by name instead of their sum.
+            others: the model's further outputs: `further_inputs`, and what is handed to `global_loss`.
+
+        Returns:
+            Scalar, or {"contrastive_loss": ..., "fine_grained_loss": ..., and the global loss's other terms},
+            already weighted, whose sum is that scalar.
+
+        Raises:
+            TypeError: features not floating point, a mask not bool.
+            ValueError: ranks, sizes or devices that disagree.
+        """
+        check_features(
+            "b c, b c, b p d, b l d",
+            image_features=image_features,
+            text_features=text_features,
+            patch_features=patch_features,
+            token_features=token_features,
+        )
+        further = self._taken_from(others)
+        terms = self._global_terms(image_features, text_features, logit_scale, logit_bias, others)
+        if self.fine_grained_weight == 0:
+            term = patch_features.new_zeros((), dtype=torch.float32) + zero_of(*further.values())
+        else:
+            term = self.fine_grained_weight * self.fine_grained_term(
+                image_features=image_features,
+                text_features=text_features,
+                logit_scale=logit_scale if self.fine_grained_scale is None else self.fine_grained_scale,
+                patch_features=patch_features,
+                token_features=token_features,
+                token_mask=token_mask,
+                patch_mask=patch_mask,
+                region_mask=region_mask,
+                **further,
+            )
+        terms["fine_grained_loss"] = term
+        terms.update(self.further_terms(**further))
+        return terms if output_dict else sum(terms.values())
+
+    def fine_grained_term(self, **outputs: Tensor | float | None) -> Tensor:
+        """The fine-grained loss before its weight, a scalar; `outputs` are forward's, with the term's own scale."""
+        raise NotImplementedError
+
+    def further_terms(self, **further: Tensor) -> dict[str, Tensor]:
+        """Weighted terms of the objective beside the other two, by name, from its `further_inputs`."""
+        return {}
+
+    def extra_repr(self) -> str:
+        """The settings, for `print(loss)`."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
+
+    def _global_terms(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        others: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        if self.global_weight == 0 and not others:
+            return {"contrastive_loss": zero_of(image_features, text_features, logit_scale, logit_bias)}
+        # CoCaLoss and DistillClipLoss know no logit_bias.
+        bias = {} if logit_bias is None else {"logit_bias": logit_bias}
+        terms = self.global_loss(
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            output_dict=True,
+            **bias,
+            **others,
+        )
+        return {**terms, "contrastive_loss": self.global_weight * terms["contrastive_loss"]}
+
+    def _taken_from(self, others: dict[str, Tensor]) -> dict[str, Tensor]:
+        missing = [name for name in self.further_inputs if name not in others]
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__} got no {', '.join(missing)}; expected them among the model's outputs"
+            )
+        return {name: others.pop(name) for name in self.further_inputs}
+
+    def _clip_loss(self) -> type[nn.Module]:
+        try:
+            from open_clip.loss import ClipLoss
+        except ImportError as error:
+            raise ImportError(
+                f"{type(self).__name__}() uses open_clip's ClipLoss as its global loss, and open_clip cannot be "
+                f"imported ({error}); pip install 'sparc-loss[train]', or pass global_loss"
+            ) from error
+        return ClipLoss
+
+
+def zero_of(*used: Tensor | float | None) -> Tensor:
+    """Zero, attached to all of these: DistributedDataParallel waits for the gradient of every parameter."""
+    return 0 * sum(each.float().sum() for each in used if isinstance(each, Tensor))
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise TypeError unless `value` is a real number, ValueError unless it is finite and above 0."""
+    check_number(name, value, 0)
+    if value == 0:
+        raise ValueError(f"{name} is 0; expected a number above 0")

@@ -1,0 +1,227 @@
+"""What every rival objective promises as SparcLoss does; its formula is in a file of its own."""
+
+import re
+from unittest import mock
+
+import pytest
+import torch
+from open_clip.loss import ClipLoss, SigLipLoss
+from rival_outputs import FEATURES, random_outputs
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss
+
+B, P, L, D = 3, 4, 5, 6
+LOSSES = [FilipLoss, PaclLoss, GloriaLoss, MgcaLoss]
+
+pytestmark = pytest.mark.parametrize("loss_class", LOSSES)
+
+
+def total(loss_class, outputs: dict[str, Tensor], output_dict: bool = False, **options):
+    """The loss in evaluation mode, without dropped tokens, and for MGCA with heads of fixed weights."""
+    loss = loss_class(**options).eval()
+    if loss_class is MgcaLoss:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            heads = MgcaHeads(outputs["patch_features"].shape[-1], head_dim=3, prototypes=4)
+        heads.to(max((heads.prototypes.dtype, outputs["patch_features"].dtype), key=lambda dtype: dtype.itemsize))
+        features = {name: value for name, value in outputs.items() if name not in ("logit_bias", "region_mask")}
+        outputs = {**outputs, **heads(**features)}
+    return loss(**outputs, output_dict=output_dict)
+
+
+def test_is_the_weighted_sum_of_the_global_loss_and_the_others(loss_class):
+    outputs = random_outputs()
+    terms = total(loss_class, outputs, output_dict=True, global_weight=0.3, fine_grained_weight=2.0)
+    alone = total(loss_class, outputs, output_dict=True, global_weight=0, fine_grained_weight=1.0)
+    contrastive = ClipLoss()(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
+    assert_close(terms["contrastive_loss"], 0.3 * contrastive)
+    assert_close(terms["fine_grained_loss"], 2 * alone["fine_grained_loss"])
+    assert all(name.endswith("_loss") for name in terms)
+    whole = total(loss_class, outputs, global_weight=0.3, fine_grained_weight=2.0)
+    assert whole.shape == ()
+    assert torch.equal(whole, sum(terms.values()))
+
+
+def test_a_fixed_scale_replaces_the_learned_one_in_the_fine_grained_term_only(loss_class):
+    outputs = random_outputs()
+    fixed = total(loss_class, outputs, output_dict=True, global_weight=1, fine_grained_scale=3.0)
+    learned = total(loss_class, {**outputs, "logit_scale": torch.tensor(3.0).double()}, output_dict=True)
+    contrastive = ClipLoss()(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
+    assert_close(fixed["fine_grained_loss"], learned["fine_grained_loss"])
+    assert_close(fixed["contrastive_loss"], contrastive)
+
+
+def test_another_global_loss_gets_its_bias(loss_class):
+    outputs = random_outputs()
+    bias = torch.tensor(-10.0)
+    terms = total(
+        loss_class, {**outputs, "logit_bias": bias}, output_dict=True, global_weight=2, global_loss=SigLipLoss()
+    )
+    expected = SigLipLoss()(outputs["image_features"], outputs["text_features"], outputs["logit_scale"], bias)
+    assert_close(terms["contrastive_loss"], 2 * expected)
+
+
+def test_weights_of_zero_skip_the_work_and_leave_every_input_of_the_global_loss_a_gradient(loss_class):
+    outputs = {**random_outputs(), "logit_bias": torch.tensor(-10.0, requires_grad=True)}
+    refuses = mock.Mock(spec=nn.Module, side_effect=AssertionError("called"), gather_with_grad=True, world_size=1)
+    with mock.patch.object(loss_class, "fine_grained_term", side_effect=AssertionError("called")):
+        total(loss_class, outputs, global_weight=0, fine_grained_weight=0, global_loss=refuses).backward()
+    for name in ("image_features", "text_features", "logit_scale", "logit_bias"):
+        assert outputs[name].grad is not None
+
+
+def test_what_the_masks_leave_out_changes_nothing(loss_class):
+    outputs = random_outputs()
+    outputs["patch_mask"] = torch.tensor([[True, True, False, True], [True] * 4, [False, True, False, False]])
+    expected = total(loss_class, outputs)
+    with torch.no_grad():
+        outputs["patch_features"][~outputs["patch_mask"]] = 1e6
+        outputs["token_features"][~outputs["token_mask"]] = -1e6
+    assert_close(total(loss_class, outputs), expected, rtol=1e-12, atol=1e-12)
+    inputs = [outputs["patch_features"], outputs["token_features"]]
+    by_patch, by_token = torch.autograd.grad(total(loss_class, outputs), inputs, materialize_grads=True)
+    assert (by_patch[~outputs["patch_mask"]] == 0).all()
+    assert (by_token[~outputs["token_mask"]] == 0).all()
+
+
+def test_the_order_of_the_pairs_of_patches_and_of_tokens_does_not_matter(loss_class):
+    outputs = random_outputs(batch=4)
+    pairs, patches, tokens = torch.randperm(4), torch.randperm(4), torch.randperm(5)
+    shuffled = {name: value if value.ndim == 0 else value[pairs] for name, value in outputs.items()}
+    shuffled["patch_features"] = shuffled["patch_features"][:, patches]
+    shuffled["token_features"] = shuffled["token_features"][:, tokens]
+    shuffled["token_mask"] = shuffled["token_mask"][:, tokens]
+    assert_close(total(loss_class, shuffled), total(loss_class, outputs), rtol=1e-12, atol=1e-12)
+
+
+def test_float64_stays_float64(loss_class):
+    assert total(loss_class, random_outputs()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_features_give_a_float32_loss_near_the_right_one(loss_class, dtype):
+    outputs = random_outputs(dtype=torch.float32)
+    low = {name: value.to(dtype) if name in FEATURES[:4] else value for name, value in outputs.items()}
+    term = total(loss_class, low, output_dict=True)["fine_grained_loss"]
+    assert term.dtype == torch.float32
+    assert_close(term, total(loss_class, outputs, output_dict=True)["fine_grained_loss"], rtol=0.1, atol=0.1)
+
+
+def test_autocast_changes_no_bit_of_the_fine_grained_term_nor_of_its_gradient(loss_class):
+    outputs = random_outputs(dtype=torch.float32)
+    inputs = [outputs[name] for name in FEATURES]
+    expected = total(loss_class, outputs, output_dict=True, global_weight=0)["fine_grained_loss"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        term = total(loss_class, outputs, output_dict=True, global_weight=0)["fine_grained_loss"]
+    assert torch.equal(term, expected)
+    gradients = (torch.autograd.grad(each, inputs, materialize_grads=True) for each in (term, expected))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_tiny_and_huge_features_give_finite_values_and_gradients(loss_class, scale):
+    outputs = random_outputs(dtype=torch.float32)
+    with torch.no_grad():
+        outputs["patch_features"] *= scale
+        outputs["token_features"] *= scale
+    loss = total(loss_class, outputs)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(outputs[name].grad.isfinite().all() for name in FEATURES[2:4] if outputs[name].grad is not None)
+
+
+@pytest.mark.parametrize("zero", ["patch_features", "token_features", "both"])
+def test_zero_vectors_and_equal_patches_give_finite_values_and_gradients(loss_class, zero):
+    outputs = random_outputs(dtype=torch.float32)
+    with torch.no_grad():
+        for name in ("patch_features", "token_features"):
+            if zero in (name, "both"):
+                outputs[name].zero_()
+            else:
+                outputs[name].copy_(outputs[name][:, :1].clone().expand_as(outputs[name]))
+    loss = total(loss_class, outputs)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(outputs[name].grad.isfinite().all() for name in FEATURES if outputs[name].grad is not None)
+
+
+def test_without_any_token_and_patch_the_fine_grained_term_is_zero_with_a_zero_gradient(loss_class):
+    outputs = random_outputs()
+    outputs["token_mask"] = torch.zeros(B, L, dtype=torch.bool)
+    outputs["patch_mask"] = torch.zeros(B, P, dtype=torch.bool)
+    term = total(loss_class, outputs, output_dict=True)["fine_grained_loss"]
+    assert term == 0
+    assert (torch.autograd.grad(term, outputs["patch_features"])[0] == 0).all()
+
+
+def test_a_single_pair_of_one_patch_and_one_token_is_defined(loss_class):
+    loss = total(loss_class, random_outputs(batch=1, patches=1, length=1, dim=1), global_weight=0)
+    assert loss.isfinite()
+
+
+def test_nan_in_a_patch_that_counts_is_not_hidden(loss_class):
+    outputs = random_outputs()
+    with torch.no_grad():
+        outputs["patch_features"][0, 0, 0] = torch.nan
+    assert total(loss_class, outputs).isnan()
+
+
+def test_clip_loss_arguments_reach_clip_loss(loss_class):
+    options = dict(local_loss=True, gather_with_grad=True, cache_labels=True, rank=1, world_size=2)
+    loss = loss_class(**options).global_loss
+    assert isinstance(loss, ClipLoss)
+    assert {name: getattr(loss, name) for name in options} == options
+
+
+def test_has_no_parameters_and_no_state(loss_class):
+    assert not list(loss_class().parameters())
+    assert not loss_class().state_dict()
+
+
+def test_prints_every_setting(loss_class):
+    text = repr(loss_class(fine_grained_weight=0.25))
+    assert "fine_grained_weight=0.25" in text
+    assert all(f"{name}=" in text for name in loss_class.settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"global_weight": -1}, ValueError, "global_weight is -1; expected a number at least 0"),
+        ({"fine_grained_weight": "1"}, TypeError, "fine_grained_weight is '1' (str); expected a number"),
+        ({"fine_grained_scale": 0}, ValueError, "fine_grained_scale is 0; expected a number above 0"),
+        ({"world_size": 4}, ValueError, "gather_with_grad is False with world_size 4; expected True"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_by_name(loss_class, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        loss_class(**options)
+
+
+def test_a_global_loss_of_another_world_size_is_refused(loss_class):
+    other = ClipLoss(world_size=4, gather_with_grad=True)
+    message = f"global_loss has world_size 4; expected the same as {loss_class.__name__}, 1"
+    with pytest.raises(ValueError, match=message):
+        loss_class(global_loss=other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("token_features", torch.ones(B, L, 3), ValueError, "token_features has D = 3 in shape [3, 5, 3], "),
+        ("patch_features", torch.ones(B, 0, D), ValueError, "patch_features has shape [3, 0, 6]; expected no size of"),
+        ("token_features", torch.ones(B, 0, D), ValueError, "token_features has shape [3, 0, 6]; expected no size of"),
+        ("token_mask", torch.ones(B, L), TypeError, "token_mask has dtype torch.float32; expected torch.bool"),
+        ("token_mask", torch.ones(B, 2).bool(), ValueError, "token_mask has shape [3, 2]; expected [B, L] = [3, 5]"),
+        ("patch_mask", torch.ones(B, 2).bool(), ValueError, "patch_mask has shape [3, 2]; expected [B, P] = [3, 4]"),
+        ("region_mask", torch.ones(B, L, P).bool(), ValueError, "region_mask is given; expected None: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_batches_are_refused_by_name(loss_class, name, value, error, message):
+    outputs = random_outputs(dtype=torch.float32)
+    with pytest.raises(error, match=re.escape(message)):
+        total(loss_class, {**outputs, name: value})
