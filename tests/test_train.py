@@ -191,7 +191,10 @@ def test_torchscript_is_refused_with_the_reason(folder, flag):
 
 def test_an_unknown_loss_answers_with_the_known_and_the_nearest():
     line = refusal("--loss", "sprac", launcher=LAUNCHER)
-    assert "argument --loss: unknown loss 'sprac'; known: clip, sparc; did you mean 'sparc'?" in line
+    assert (
+        "argument --loss: unknown loss 'sprac'; known: clip, filip, gloria, mgca, pacl, sparc; did you mean 'sparc'?"
+        in line
+    )
 
 
 def test_an_abbreviated_loss_flag_does_not_silently_train_clip(folder):

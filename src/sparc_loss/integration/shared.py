@@ -1,0 +1,107 @@
+"""What our plug-ins share: the flags every objective has, the surfaced model, the settings of its loss."""
+
+import logging
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+from torch import nn
+
+from sparc_loss.embeddings import surface_embeddings
+from sparc_loss.embeddings.token_mask import TOKENS
+
+
+def add_shared_arguments(
+    parser: ArgumentParser, name: str, title: str, description: str, global_weight: float
+) -> _ArgumentGroup:
+    """Add the `--NAME-*` flags that every objective has, in a group of their own, which is returned for the others."""
+    group = parser.add_argument_group(title, description)
+    group.add_argument(
+        f"--{name}-global-weight",
+        type=number(minimum=0),
+        default=global_weight,
+        metavar="X",
+        help="weight of open_clip's own contrastive loss (default: %(default)s)",
+    )
+    group.add_argument(
+        f"--{name}-fine-grained-weight",
+        type=number(minimum=0),
+        default=1.0,
+        metavar="X",
+        help="weight of the fine-grained loss (default: %(default)s)",
+    )
+    group.add_argument(
+        f"--{name}-scale",
+        type=number(minimum=0, exclusive=True),
+        default=None,
+        metavar="X",
+        help="fixed 1/temperature of the fine-grained loss (default: the model's learned logit_scale)",
+    )
+    group.add_argument(
+        f"--{name}-tokens",
+        choices=TOKENS,
+        default="words",
+        help="positions that count: words, or all but padding (default: %(default)s)",
+    )
+    return group
+
+
+def surfaced(model: nn.Module, args: Namespace, name: str) -> nn.Module:
+    """The model with patch and token embeddings; turns on what exact gradients over several processes need.
+
+    Raises:
+        ValueError: a flag of open_clip with which no loss of ours works.
+        TypeError: a model that cannot be surfaced.
+    """
+    for flag in ("torchscript", "trace", "horovod"):
+        if getattr(args, flag, False):
+            raise ValueError(f"--{flag} is set; expected it off with --loss {name}: {_REFUSED[flag]}")
+    if args.world_size > 1 and not (args.local_loss and args.gather_with_grad):
+        args.local_loss = args.gather_with_grad = True
+        if args.rank == 0:
+            logging.info(
+                f"--loss {name}: {args.world_size} processes, turning on --local-loss --gather-with-grad, with which "
+                "gradients equal those of one process on the whole batch."
+            )
+    tokenizer = open_clip.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
+    return surface_embeddings(model, tokenizer, tokens=getattr(args, f"{name}_tokens"))
+
+
+def shared_settings(args: Namespace, name: str) -> dict[str, Any]:
+    """Keyword arguments of every objective, around the loss that open_clip makes of its flags, such as --siglip."""
+    return {
+        "global_weight": getattr(args, f"{name}_global_weight"),
+        "fine_grained_weight": getattr(args, f"{name}_fine_grained_weight"),
+        "fine_grained_scale": getattr(args, f"{name}_scale"),
+        "global_loss": open_clip.create_loss(args),
+        "local_loss": args.local_loss,
+        "gather_with_grad": args.gather_with_grad,
+        "rank": args.rank,
+        "world_size": args.world_size,
+    }
+
+
+def number(minimum: float, maximum: float = float("inf"), exclusive: bool = False) -> Callable[[str], float]:
+    """A `type` for add_argument: numbers in [minimum, maximum], without `minimum` where `exclusive`."""
+    expected = f"above {minimum}" if exclusive else f"of at least {minimum}"
+    if maximum != float("inf"):
+        expected = f"between {minimum} and {maximum}"
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not minimum <= value <= maximum or (exclusive and value == minimum):
+            raise ArgumentTypeError(f"{text!r} given; expected a number {expected}")
+        return value
+
+    return number
+
+
+_REFUSED = {
+    "torchscript": "a TorchScript model cannot return patch and token embeddings",
+    "trace": "a traced model cannot return patch and token embeddings, nor be trained",
+    "horovod": "the loss reduces over torch.distributed",
+}
