@@ -1,17 +1,19 @@
 """Contrast of every image with every caption of the batch, on all ranks, by their patches and tokens.
 
 What that costs, for B pairs on each of W ranks: every rank scores B * W * B pairs by P * L similarities each, a block
-at a time, and again in the backward pass. It receives the tokens of all ranks, W * B * L * D numbers, and sends as
-many back as gradient. Patches stay where they are, so P may differ between ranks; B and L may not, which open_clip
-sees to. That is not checked, as a check would be one more wait.
+a time, and again in the backward pass. It receives the tokens of all ranks, W * B * L * D numbers, and all-reduces as
+many of gradient. Patches stay where they are, so P may differ between ranks; B and L may not, which open_clip sees to.
+That is not checked, as a check would be one more wait.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-import torch.distributed.nn
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from sparc_loss._validation import check_mask
@@ -130,12 +132,31 @@ def gathered(tensor: Tensor, world_size: int) -> Tensor:
         return tensor
     if tensor.dtype == torch.bool:
         return gathered(tensor.byte(), world_size).bool()
-    return torch.cat(torch.distributed.nn.all_gather(tensor))
+    return _Gathered.apply(tensor, world_size)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the last axis of what `mask` marks, at least one in each row."""
     return values.masked_fill(~mask, 0).sum(dim=-1) / mask.sum(dim=-1)
+
+
+class _Gathered(torch.autograd.Function):
+    """all_gather with gradient; torch.distributed.nn's is deprecated, and its successors are not in every torch."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, world_size: int) -> Tensor:
+        context.pairs = len(tensor)
+        everywhere = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size)]
+        dist.all_gather(everywhere, tensor.contiguous())
+        return torch.cat(everywhere)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Not reduce_scatter, which gloo has not everywhere.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() * context.pairs :][: context.pairs], None
 
 
 def _packed(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
