@@ -7,7 +7,8 @@ keeps and saves with a state_dict and that a model without heads does not look a
 
 A state_dict that was copied into another dict has lost them: loading it into a model with heads fails, by the names of
 the missing keys. open_clip does so where one process resumes what several have trained. A checkpoint of another loss
-has none either: start from it with `--pretrained`, not `--resume`.
+has none either, and the optimizer's state fits only the loss it comes from: to go from one loss to another, start
+with `--pretrained`, not `--resume`.
 """
 
 from argparse import ArgumentParser, Namespace

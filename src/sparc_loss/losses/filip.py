@@ -14,7 +14,8 @@ class FilipLoss(Objective):
 
     An image scores a caption by the mean over its patches of each one's highest cosine with a token (image to text),
     a caption an image by the mean over its tokens of each one's highest cosine with a patch (text to image). The
-    temperature is `logit_scale`, shared with the global loss.
+    temperature is `logit_scale`, shared with the global loss. Alone, it trains patches and tokens: the pooled
+    features, by which open_clip evaluates, learn only what they share with them.
 
     As in the SPARC paper's re-implementation, 20 % of the tokens are dropped while training. We draw them at random
     among the patches of each image and the tokens of each caption, never the last one, from the default generator:

@@ -22,7 +22,8 @@ class PaclLoss(Objective):
     embedding, as the SPARC paper describes PACL. Such a weight may be negative: a patch and its opposite then count
     the same, and the image never opposes the caption. PACL itself brings the cosines into [0, 1] first; accounts of
     it have a sigmoid or a softmax over patches, and both are here. The temperature is `logit_scale`, shared with the
-    global loss. Tokens are not used, and a caption without any still has its global embedding.
+    global loss. Tokens are not used, and a caption without any still has its global embedding. Alone, it trains
+    patches and texts: the pooled image feature, by which open_clip evaluates, learns only what it shares with patches.
 
     Over W ranks of B pairs each rank receives the text embeddings of all, W * B * D numbers; patches stay where they
     are, so P may differ between ranks, B not. See `sparc_loss.losses.all_pairs` for the rest, with L = 1.
@@ -97,7 +98,8 @@ def pooled_cosine(patches: Tensor, patch_mask: Tensor, texts: Tensor, weighting:
     """Cosine [I, C] of unit texts [C, D] and the patches [I, P, D] pooled for each of them."""
     weights = _einsum(_l2_normalised(patches), texts, "i p d, c d -> i c p")
     if weighting == "softmax":
-        weights = weights.masked_fill(~patch_mask[:, None], -torch.inf).softmax(dim=-1)
+        # Over padding too: that changes the weights' sum, which the cosine does not see.
+        weights = weights.softmax(dim=-1)
     elif weighting == "sigmoid":
         weights = weights.sigmoid()
     pooled = _einsum(weights.masked_fill(~patch_mask[:, None], 0), patches, "i c p, i p d -> i c d")
