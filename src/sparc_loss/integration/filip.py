@@ -4,13 +4,19 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from torch import nn
 
-from sparc_loss.integration.shared import add_shared_arguments, number, shared_settings, surfaced
+from sparc_loss.integration.shared import (
+    add_group_with_weights,
+    add_scale_and_tokens,
+    number,
+    shared_settings,
+    surfaced,
+)
 from sparc_loss.losses import FilipLoss
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the `--filip-*` flags in a group of their own."""
-    group = add_shared_arguments(
+    group = add_group_with_weights(
         parser, "filip", "FILIP", "Late interaction of patches and tokens (arXiv 2111.07783).", global_weight=0.0
     )
     group.add_argument(
@@ -20,6 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="X",
         help="share of patches and tokens left out at random in training (default: %(default)s)",
     )
+    add_scale_and_tokens(group, "filip")
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:

@@ -4,13 +4,19 @@ from argparse import ArgumentParser, Namespace
 
 from torch import nn
 
-from sparc_loss.integration.shared import add_shared_arguments, number, shared_settings, surfaced
+from sparc_loss.integration.shared import (
+    add_group_with_weights,
+    add_scale_and_tokens,
+    number,
+    shared_settings,
+    surfaced,
+)
 from sparc_loss.losses import GloriaLoss
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the `--gloria-*` flags in a group of their own."""
-    group = add_shared_arguments(
+    group = add_group_with_weights(
         parser, "gloria", "GLoRIA", "Attention of tokens to patches, matched by a soft maximum.", global_weight=1.0
     )
     group.add_argument(
@@ -20,6 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="X",
         help="1/temperature of the soft maximum over tokens (default: %(default)s)",
     )
+    add_scale_and_tokens(group, "gloria")
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparc_loss.integration.shared import add_shared_arguments, number, shared_settings, surfaced
+from sparc_loss.integration.shared import (
+    add_group_with_weights,
+    add_scale_and_tokens,
+    number,
+    shared_settings,
+    surfaced,
+)
 from sparc_loss.losses import MgcaHeads, MgcaLoss
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the `--mgca-*` flags in a group of their own."""
-    group = add_shared_arguments(
+    group = add_group_with_weights(
         parser, "mgca", "MGCA", "Token and prototype alignment (arXiv 2210.06044).", global_weight=1.0
     )
     group.add_argument(
@@ -33,6 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="X",
         help="weight of the prototype alignment (default: %(default)s)",
     )
+    add_scale_and_tokens(group, "mgca")
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:

@@ -4,14 +4,14 @@ from argparse import ArgumentParser, Namespace
 
 from torch import nn
 
-from sparc_loss.integration.shared import add_shared_arguments, shared_settings, surfaced
+from sparc_loss.integration.shared import add_group_with_weights, add_scale_and_tokens, shared_settings, surfaced
 from sparc_loss.losses import PaclLoss
 from sparc_loss.losses.pacl import WEIGHTINGS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the `--pacl-*` flags in a group of their own."""
-    group = add_shared_arguments(
+    group = add_group_with_weights(
         parser, "pacl", "PACL", "Patches pooled for each caption (arXiv 2212.04994).", global_weight=0.0
     )
     group.add_argument(
@@ -20,6 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="cosine",
         help="of the patches, by their cosine with the caption or what is made of it (default: %(default)s)",
     )
+    add_scale_and_tokens(group, "pacl")
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:

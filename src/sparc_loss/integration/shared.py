@@ -12,25 +12,30 @@ from sparc_loss.embeddings import surface_embeddings
 from sparc_loss.embeddings.token_mask import TOKENS
 
 
-def add_shared_arguments(
+def add_group_with_weights(
     parser: ArgumentParser, name: str, title: str, description: str, global_weight: float
 ) -> _ArgumentGroup:
-    """Add the `--NAME-*` flags that every objective has, in a group of their own, which is returned for the others."""
+    """A group for the `--NAME-*` flags, with those of the two weights; `add_scale_and_tokens` adds the last two."""
     group = parser.add_argument_group(title, description)
     group.add_argument(
         f"--{name}-global-weight",
         type=number(minimum=0),
         default=global_weight,
         metavar="X",
-        help="weight of open_clip's own contrastive loss (default: %(default)s)",
+        help="lambda_g, weight of open_clip's own contrastive loss (default: %(default)s)",
     )
     group.add_argument(
         f"--{name}-fine-grained-weight",
         type=number(minimum=0),
         default=1.0,
         metavar="X",
-        help="weight of the fine-grained loss (default: %(default)s)",
+        help="lambda_f, weight of the fine-grained loss (default: %(default)s)",
     )
+    return group
+
+
+def add_scale_and_tokens(group: _ArgumentGroup, name: str) -> None:
+    """Add `--NAME-scale` and `--NAME-tokens`."""
     group.add_argument(
         f"--{name}-scale",
         type=number(minimum=0, exclusive=True),
@@ -44,7 +49,6 @@ def add_shared_arguments(
         default="words",
         help="positions that count: words, or all but padding (default: %(default)s)",
     )
-    return group
 
 
 def surfaced(model: nn.Module, args: Namespace, name: str) -> nn.Module:

@@ -5,13 +5,19 @@ from argparse import ArgumentParser, Namespace
 from torch import nn
 
 from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
-from sparc_loss.integration.shared import add_shared_arguments, number, shared_settings, surfaced
+from sparc_loss.integration.shared import (
+    add_group_with_weights,
+    add_scale_and_tokens,
+    number,
+    shared_settings,
+    surfaced,
+)
 from sparc_loss.losses import SparcLoss
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the `--sparc-*` flags in a group of their own."""
-    group = add_shared_arguments(
+    group = add_group_with_weights(
         parser,
         "sparc",
         "SPARC",
@@ -38,6 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="mean over all tokens of the batch (Listing 1), or per caption and then over captions (Eq. 6) "
         "(default: %(default)s)",
     )
+    add_scale_and_tokens(group, "sparc")
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
