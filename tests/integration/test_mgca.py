@@ -5,7 +5,8 @@ import io
 import open_clip
 import pytest
 import torch
-from tiny_models import ToyTokenizer, captions, clip, custom_text_clip, hf_clip, hf_tokenizer, images_for
+from tiny_models import ToyTokenizer, captions, clip, custom_text_clip, hf_clip, images_for
+from tiny_tokenizers import hf_tokenizer
 
 from sparc_loss import surface_embeddings
 from sparc_loss.integration.mgca import add_heads
@@ -42,7 +43,7 @@ def test_the_optimizer_sees_the_heads_and_every_one_gets_a_gradient(make):
 
 def test_a_hugging_face_text_tower_gets_heads_of_its_size(tmp_path):
     folders = [tmp_path / name for name in ("model", "tokenizer")]
-    model = surface_embeddings(hf_clip(folders[0]), hf_tokenizer(folders[1], "[CLS] $A [SEP]", pad_token="[PAD]"))
+    model = surface_embeddings(hf_clip(folders[0]), hf_tokenizer(folders[1], "BERT"))
     assert add_heads(model).mgca_heads.prototypes.shape == (500, 16)
 
 
