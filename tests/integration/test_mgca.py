@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 from tiny_models import ToyTokenizer, captions, clip, custom_text_clip, hf_clip, images_for
-from tiny_tokenizers import hf_tokenizer
+from tiny_tokenizers import bert
 
 from sparc_loss import surface_embeddings
 from sparc_loss.integration.mgca import add_heads
@@ -42,8 +42,8 @@ def test_the_optimizer_sees_the_heads_and_every_one_gets_a_gradient(make):
 
 
 def test_a_hugging_face_text_tower_gets_heads_of_its_size(tmp_path):
-    folders = [tmp_path / name for name in ("model", "tokenizer")]
-    model = surface_embeddings(hf_clip(folders[0]), hf_tokenizer(folders[1], "BERT"))
+    (tmp_path / "tokenizer").mkdir()
+    model = surface_embeddings(hf_clip(tmp_path / "model"), bert(tmp_path / "tokenizer"))
     assert add_heads(model).mgca_heads.prototypes.shape == (500, 16)
 
 

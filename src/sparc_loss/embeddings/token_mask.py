@@ -16,50 +16,59 @@ TOKENS: tuple[Tokens, ...] = ("words", "all")
 class TokenConventions:
     """What a tokenizer puts around the words of a caption.
 
+    A word is every token outside `special_ids`. Padding is every `pad_id`, but for those that the tokenizer writes
+    around the words as their start or end (SigLIP's end is its padding): of a row's pad ids, the ones nearest the
+    words. Where `end_id` is set, padding is what comes after the first end instead, because the pad id is a word's as
+    well (SimpleTokenizer's 0 is a "!" within a word).
+
     Attributes:
-        special_ids: what is no word: start, end, separator, padding, language code. The unknown word is a word.
-        pad_id: fills up the context, where its id tells it from everything else; else None.
-        end_id: ends the caption where padding is not told by its id: SimpleTokenizer's 0 is also a "!" within a word,
-            SigLIP's 1 also the end itself. None where `pad_id` tells it.
-        pads_left: whether the context is filled up before the caption.
+        special_ids: ids that are never a word's: start, end, separator, padding, language codes and the like.
+        end_id: ends the caption; None where `pad_id` tells padding.
+        pad_id: fills up the context; None where `end_id` tells padding.
+        pads_around_words: how many of a row's pad ids are start or end, not padding.
+        padded_left: padding comes before the words.
     """
 
     special_ids: tuple[int, ...]
-    pad_id: int | None
     end_id: int | None = None
-    pads_left: bool = False
+    pad_id: int | None = None
+    pads_around_words: int = 0
+    padded_left: bool = False
 
     def mask(self, texts: Tensor, tokens: Tokens) -> Tensor:
         """The positions of `texts` [B, L] (token ids) that count, bool [B, L].
 
-        "all" is everything but padding, "words" also leaves out the special ids.
+        "all" is everything but padding, "words" also leaves out every other special token.
         """
-        if self.end_id is None:
-            counts = texts != self.pad_id
-        elif self.pads_left:
-            counts = texts != self.end_id
-            counts[:, -1] = True
-        else:
+        if self.end_id is not None:
             # Ends seen before a position: 0 up to and with the first end. (A caption cut short keeps its end.)
             is_end = (texts == self.end_id).int()
             counts = is_end.cumsum(dim=-1) - is_end == 0
+        else:
+            is_pad = texts == self.pad_id
+            nth_pad = is_pad.flip(-1).cumsum(dim=-1).flip(-1) if self.padded_left else is_pad.cumsum(dim=-1)
+            counts = ~is_pad | (nth_pad <= self.pads_around_words)
         if tokens == "words":
-            counts = counts & ~torch.isin(texts, torch.tensor(self.special_ids, device=texts.device))
+            # Not blocking: a copy to the GPU must not wait for the towers' work there.
+            special_ids = torch.tensor(self.special_ids).to(texts.device, non_blocking=True)
+            counts = counts & ~torch.isin(texts, special_ids)
         return counts
 
 
 def token_conventions(tokenizer: Any) -> TokenConventions:
     """Read the conventions off an open_clip tokenizer: SimpleTokenizer, HFTokenizer or SigLipTokenizer.
 
-    Special ids are those the tokenizer calls special, but for the unknown word. Padding is what has the pad id; where
-    the end has it too, only the end next to the caption is the end.
+    Special are the tokenizer's own `all_special_ids`, less the unknown word's, and what it writes around an empty
+    caption.
 
     Raises:
-        TypeError: neither `sot_token_id` and `eot_token_id` nor a Hugging Face `tokenizer` that pads in it.
+        TypeError: neither `sot_token_id` and `eot_token_id` nor a Hugging Face `tokenizer` in it; or one without a
+            padding token.
     """
     if hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "eot_token_id"):
-        special_ids = {tokenizer.sot_token_id, tokenizer.eot_token_id, *getattr(tokenizer, "all_special_ids", ())}
-        return TokenConventions(tuple(sorted(special_ids)), pad_id=None, end_id=tokenizer.eot_token_id)
+        start_id, end_id = tokenizer.sot_token_id, tokenizer.eot_token_id
+        special_ids = {start_id, end_id, *getattr(tokenizer, "all_special_ids", ())}
+        return TokenConventions(special_ids=tuple(sorted(special_ids)), end_id=end_id)
 
     hf_tokenizer = getattr(tokenizer, "tokenizer", None)
     if not hasattr(hf_tokenizer, "pad_token_id"):
@@ -67,19 +76,18 @@ def token_conventions(tokenizer: Any) -> TokenConventions:
             f"tokenizer is a {type(tokenizer).__name__}; expected what open_clip.get_tokenizer returns "
             "(SimpleTokenizer, HFTokenizer or SigLipTokenizer)"
         )
-    pad_id, end_id = hf_tokenizer.pad_token_id, hf_tokenizer.eos_token_id
+    pad_id = hf_tokenizer.pad_token_id
     if pad_id is None:
         raise TypeError(f"tokenizer {type(hf_tokenizer).__name__} has no pad_token_id; expected one that pads")
-    # The unknown word is among the special ids but is a word, unless it plays another part as well (GPT-2).
-    parts = ("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id", "pad_token_id")
-    special_ids = {*hf_tokenizer.all_special_ids} - {hf_tokenizer.unk_token_id}
-    special_ids |= {getattr(hf_tokenizer, part) for part in parts} - {None}
-    pads_with_its_end = pad_id == end_id and end_id in hf_tokenizer("")["input_ids"]
+    # Not by calling the tokenizer, which would put NLLB's language back to its first.
+    around_words = hf_tokenizer.encode("")
+    # In this order: an unknown word is a word, but not where the same id is also written as start or end.
+    special_ids = {*hf_tokenizer.all_special_ids} - {hf_tokenizer.unk_token_id} | {*around_words}
     return TokenConventions(
-        tuple(sorted(special_ids)),
-        pad_id=None if pads_with_its_end else pad_id,
-        end_id=end_id if pads_with_its_end else None,
-        pads_left=hf_tokenizer.padding_side == "left",
+        special_ids=tuple(sorted(special_ids)),
+        pad_id=pad_id,
+        pads_around_words=around_words.count(pad_id),
+        padded_left=hf_tokenizer.padding_side == "left",
     )
 
 
