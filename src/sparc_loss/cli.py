@@ -8,8 +8,9 @@ USAGE = """usage: sparc-loss COMMAND ...
 
 commands:
   train    train an open_clip model with a loss plug-in; the same as python -m sparc_loss.train
+  show     draw what each word of a caption selects of an image, as a picture or a page
 
-sparc-loss train --help lists the flags. sparc-loss --version prints the version.
+sparc-loss COMMAND --help lists the flags. sparc-loss --version prints the version.
 """
 
 
@@ -21,12 +22,21 @@ def main(argv: list[str] | None = None) -> int:
             from sparc_loss import train
 
             return train.main(rest)
+        case ["show", *rest]:
+            try:
+                from sparc_loss.show import command
+            except ImportError as error:
+                print(f"sparc-loss show: error: {error}; pip install 'sparc-loss[show]'", file=sys.stderr)
+                return 2
+            return command.main(rest)
         case ["--version"]:
             print(f"sparc-loss {__version__}")
             return 0
         case ["-h" | "--help"]:
             print(USAGE, end="")
             return 0
-    found = f"unknown command {argv[0]!r}; expected train" if argv else "no command given; expected train"
+    found = (
+        f"unknown command {argv[0]!r}; expected train or show" if argv else "no command given; expected train or show"
+    )
     print(f"{USAGE}\nsparc-loss: error: {found}", file=sys.stderr)
     return 2

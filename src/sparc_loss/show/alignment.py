@@ -1,0 +1,155 @@
+"""What each word of a caption selects of an image: the loss's alignment weights (Eqs. 2-4), word by word."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from open_clip.utils import to_2tuple
+from PIL import Image
+from torch import Tensor, nn
+
+from sparc_loss.embeddings.surface import Surfaced, restore, surface_embeddings
+from sparc_loss.functional import Alignment, alignment_weights, token_patch_similarity
+from sparc_loss.show.words import Caption, read_caption
+
+
+@dataclass(frozen=True)
+class AlignedPair:
+    """An image, a caption, and the weight of every patch for every word that the model reads.
+
+    Attributes:
+        caption: with its words.
+        pixels: uint8 [H, W, 3], the image as the model sees it: resized and cropped.
+        weights: float32 [words, h, w] on the CPU, for `caption.read` in their order; each word's sum to 1. A word of
+            several pieces has the mean of its pieces' weights: it keeps what any of them keeps.
+        patch_size: height and width of a patch in pixels. The grid begins at the top left corner; pixels right of it
+            and below are in no patch.
+        title: of the pair, "" for none.
+    """
+
+    caption: Caption
+    pixels: np.ndarray
+    weights: Tensor
+    patch_size: tuple[float, float]
+    title: str = ""
+
+    @property
+    def kept(self) -> Tensor:
+        """The share of patches that each word keeps, those of a weight above 0: float32 [words]."""
+        return (self.weights > 0).float().mean(dim=(1, 2))
+
+
+def align(
+    image: Image.Image | str | Path,
+    caption: str,
+    model: nn.Module,
+    preprocess: Callable[[Image.Image], Tensor],
+    tokenizer: Any,
+    *,
+    threshold: float | None = None,
+    alignment: Alignment = "sparse",
+    title: str = "",
+) -> AlignedPair:
+    """Align the words of a caption with the patches of an image, as the loss does.
+
+    The model is left as it was, surfaced or not, in training mode or not; it is run in evaluation mode, where it is.
+
+    Args:
+        image: a PIL image, or the path of a file.
+        caption: at least one word.
+        model: any that `surface_embeddings` takes.
+        preprocess: of evaluation, as `open_clip.create_model_and_transforms` returns it last.
+        tokenizer: the model's own, from `open_clip.get_tokenizer`.
+        threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
+        alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
+        title: of the pair, for a figure or a page.
+
+    Raises:
+        TypeError: a model, preprocess or tokenizer that is not known.
+        ValueError: an image that cannot be read, a caption without words, a wrong threshold or alignment.
+    """
+    words = read_caption(caption, tokenizer)
+    pixels = preprocess(read_image(image))
+    with torch.no_grad(), _ready(model, tokenizer):
+        # The first layer, a convolution in every tower, is in the precision of the input.
+        stem = next(parameter for parameter in model.visual.parameters() if parameter.ndim == 4)
+        images = pixels.unsqueeze(0).to(stem.device, stem.dtype)
+        patch_features, grid = model.encode_patches(images)
+        token_features, _ = model.encode_tokens(tokenizer([caption]).to(stem.device))
+        weights = alignment_weights(token_patch_similarity(token_features, patch_features), threshold, alignment)[0]
+    weights = torch.stack([weights[list(word.positions)].mean(dim=0) for word in words.read]).float().cpu()
+    if not weights.isfinite().all():
+        raise ValueError("model gives weights that are not finite for this pair; expected a model without NaN")
+    return AlignedPair(
+        words,
+        _as_seen(pixels, preprocess),
+        rearrange(weights, "l (h w) -> l h w", h=grid[0]),
+        _patch_size(model.visual, tuple(images.shape[-2:]), grid),
+        title,
+    )
+
+
+def read_image(image: Image.Image | str | Path) -> Image.Image:
+    """Open an image file, or take an image that is open.
+
+    Raises:
+        ValueError: there is no such file, or it is no image, or a broken one.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        opened = Image.open(image)
+        opened.load()
+    except FileNotFoundError:
+        raise ValueError(f"image is {str(image)!r}, which is not there; expected an image file") from None
+    # What Pillow raises for broken files depends on their format.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {str(image)!r} cannot be read ({error}); expected an image file") from error
+    return opened
+
+
+@contextmanager
+def _ready(model: nn.Module, tokenizer: Any) -> Iterator[None]:
+    """Surfaced and in evaluation mode; then as before, down to modules that have a mode of their own."""
+    was_surfaced = isinstance(model, Surfaced)
+    if not was_surfaced:
+        surface_embeddings(model, tokenizer)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        if not was_surfaced:
+            restore(model)
+
+
+def _as_seen(pixels: Tensor, preprocess: Any) -> np.ndarray:
+    """`pixels` [3, H, W] before the normalisation that ends `preprocess`, uint8 [H, W, 3]."""
+    transforms = getattr(preprocess, "transforms", None)
+    if transforms is None:
+        raise TypeError(
+            f"preprocess is a {type(preprocess).__name__}; expected the torchvision Compose that "
+            "open_clip.create_model_and_transforms returns last"
+        )
+    pixels = pixels.float()
+    for transform in transforms:
+        if hasattr(transform, "mean") and hasattr(transform, "std"):
+            mean, std = (torch.as_tensor(values).reshape(-1, 1, 1) for values in (transform.mean, transform.std))
+            pixels = pixels * std + mean
+    return rearrange((pixels * 255).round().clamp(0, 255).byte(), "c h w -> h w c").numpy()
+
+
+def _patch_size(visual: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
+    """Height and width of a patch. An image that is no multiple of a ViT's patch size loses the pixels left over."""
+    trunk = getattr(visual, "trunk", visual)
+    known = to_2tuple(getattr(getattr(trunk, "patch_embed", trunk), "patch_size", None) or 1)
+    if tuple(pixels // patch for pixels, patch in zip(size, known, strict=True)) == tuple(grid):
+        return known
+    return size[0] / grid[0], size[1] / grid[1]
