@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 import sparc_loss
@@ -23,3 +25,23 @@ def test_help_lists_the_commands(capsys):
 def test_version_is_the_packages(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"sparc-loss {sparc_loss.__version__}\n"
+
+
+def test_show_hands_its_arguments_to_the_command_and_returns_its_code(monkeypatch):
+    from sparc_loss.show import command
+
+    monkeypatch.setattr(command, "main", lambda argv: argv and 7)
+    assert cli.main(["show", "image.png", "a dog"]) == 7
+
+
+def test_show_without_its_extra_is_one_error_with_the_pip_command(monkeypatch, capsys):
+    for name in list(sys.modules):
+        if name.startswith("sparc_loss.show"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("sparc_loss.show", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["show", "image.png", "a dog"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparc-loss show: error: ")
+    assert "matplotlib" in error
+    assert error.endswith("pip install 'sparc-loss[show]'\n")

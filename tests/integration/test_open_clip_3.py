@@ -69,3 +69,18 @@ def test_a_second_run_inside_the_first_is_refused(plugin):
         hooked(lambda argv: Namespace(), plugin),
     ):
         pass
+
+
+def test_after_epoch_follows_each_epoch_with_what_evaluate_is_given(plugin, monkeypatch):
+    calls = []
+
+    def train_one_epoch(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, tb_writer=None):
+        calls.append(("train", epoch))
+
+    monkeypatch.setattr(open_clip_main, "train_one_epoch", train_one_epoch)
+    plugin.after_epoch = lambda *given: calls.append(given)
+    with hooked(lambda argv: Namespace(), plugin):
+        open_clip_main.train_one_epoch("model", "data", "loss", 0, *["optimizer"] * 4, "args", tb_writer="writer")
+        assert open_clip_main.train_one_epoch.__wrapped__ is train_one_epoch
+    assert calls == [("train", 0), ("model", "data", 1, "args", "writer")]
+    assert open_clip_main.train_one_epoch is train_one_epoch

@@ -77,6 +77,8 @@ def test_the_global_loss_is_what_open_clip_makes_of_the_flags(flags, global_loss
         ("--sparc-alignment=hard", "argument --sparc-alignment: invalid choice: 'hard'"),
         ("--sparc-reduction=mean", "argument --sparc-reduction: invalid choice: 'mean'"),
         ("--sparc-tokens=none", "argument --sparc-tokens: invalid choice: 'none'"),
+        ("--sparc-show-every=0", "argument --sparc-show-every: '0' given; expected a whole number of at least 1"),
+        ("--sparc-show-every=1.5", "argument --sparc-show-every: '1.5' given; expected a whole number of at least 1"),
     ],
 )
 def test_a_bad_value_is_one_error_naming_the_flag(flag, message, capsys):

@@ -28,9 +28,8 @@ def picture(width: int = 90, height: int = 70) -> Image.Image:
 
 
 def preprocess_for(model: nn.Module):
-    return image_transform(
-        to_2tuple(model.visual.image_size), is_train=False, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
-    )
+    size = to_2tuple(model.visual.image_size)
+    return image_transform(size, is_train=False, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 
 
 def expected_weights(model, preprocess, tokenizer, **options) -> torch.Tensor:

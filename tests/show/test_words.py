@@ -134,17 +134,17 @@ def test_a_caption_without_words_is_refused(simple, caption):
 
 def test_a_tokenizer_that_drops_pieces_is_refused():
     tokenizer = SimpleTokenizer(context_length=6, reduction_mask="shuffle")
-    with pytest.raises(ValueError, match="SimpleTokenizer that drops or reorders pieces of .* reduction_mask"):
+    with pytest.raises(ValueError, match=r"SimpleTokenizer that drops or reorders pieces of .* reduction_mask"):
         read_caption("one two three four five six seven eight nine ten", tokenizer)
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path, monkeypatch):
     tokenizer = hf_tokenizer(tmp_path, None, pad_token="[PAD]")
     monkeypatch.setattr(type(tokenizer.tokenizer), "is_fast", False)
-    with pytest.raises(TypeError, match="tokenizer is a slow one .* expected a fast Hugging Face tokenizer"):
+    with pytest.raises(TypeError, match=r"tokenizer is a slow one .* expected a fast Hugging Face tokenizer"):
         read_caption("a dog", tokenizer)
 
 
 def test_what_is_no_tokenizer_is_refused():
-    with pytest.raises(TypeError, match="tokenizer is a str; expected what open_clip.get_tokenizer returns"):
+    with pytest.raises(TypeError, match=r"tokenizer is a str; expected what open_clip.get_tokenizer returns"):
         read_caption("a dog", "ViT-B-32")

@@ -1,6 +1,7 @@
 """The hooks into open_clip_train of open_clip 3.x: only for the run, only in the names listed in `hooked`."""
 
 import functools
+import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ def hooked(
 
     Replaced in `open_clip_train.main`: parse_args, by the given function; create_model_and_transforms, whose first
     model (the second is the teacher of --distill) goes through `plugin.prepare_model`; create_loss, by the plug-in's.
-    An open_clip with the patch from patches/ calls the plug-in itself: there, only parse_args is replaced.
+    An open_clip with the patch from patches/ calls the plug-in itself: there, these two are left.
+    If the plug-in has an `after_epoch`: train_one_epoch, by itself and then that.
     Replaced in torch.nn.parallel: DistributedDataParallel, by a subclass that drops `device_ids` on the CPU, where
     open_clip passes some and torch refuses them.
 
@@ -50,6 +52,8 @@ def hooked(
             open_clip_main.create_model_and_transforms, lambda model: plugin.prepare_model(model, parsed[0])
         )
         names["create_loss"] = functools.wraps(open_clip_main.create_loss)(plugin.create_loss)
+    if hasattr(plugin, "after_epoch"):
+        names["train_one_epoch"] = _followed_by(open_clip_main.train_one_epoch, plugin.after_epoch)
     with (
         patch.multiple(open_clip_main, **names),
         patch.object(torch.nn.parallel, "DistributedDataParallel", _DistributedDataParallel),
@@ -70,6 +74,18 @@ def _preparing_first_model(create: Callable[..., tuple], prepare: Callable[[Any]
         return (model, *transforms)
 
     return create_model_and_transforms
+
+
+def _followed_by(train_one_epoch: Callable[..., None], after_epoch: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(train_one_epoch)
+
+    @functools.wraps(train_one_epoch)
+    def train_and_follow(*args: Any, **kwargs: Any) -> None:
+        train_one_epoch(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        after_epoch(given["model"], given["data"], given["epoch"] + 1, given["args"], given.get("tb_writer"))
+
+    return train_and_follow
 
 
 class _DistributedDataParallel(DistributedDataParallel):

@@ -23,7 +23,11 @@ BUILT_IN = "clip"  # whatever open_clip's own create_loss makes from the other f
 
 
 class LossPlugin(Protocol):
-    """What an entry point of the group `open_clip.losses` loads to."""
+    """What an entry point of the group `open_clip.losses` loads to.
+
+    It may also have `after_epoch(model, data, epoch, args, tb_writer)`, which the launcher calls in every process
+    when `epoch` epochs are done, with what open_clip_train's own evaluate is given. It must leave training alone.
+    """
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the loss's own flags to `parser`, best in an argument group of their own."""

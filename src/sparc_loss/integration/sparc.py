@@ -1,6 +1,7 @@
 """Our plug-in: `--loss sparc`. The three functions are the contract of `sparc_loss.integration.plugin`."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from typing import Any
 
 from torch import nn
 
@@ -45,10 +46,22 @@ def add_arguments(parser: ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_scale_and_tokens(group, "sparc")
+    group.add_argument(
+        "--sparc-show-every",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="draw what words select in a few validation pairs after every N epochs, to the run's folder and to "
+        "--report-to (default: never)",
+    )
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
     """Surface the model's patch and token embeddings; turn on what exact gradients over several processes need."""
+    if args.sparc_show_every:
+        from sparc_loss.integration.show_every import check_run
+
+        check_run(args)
     return surfaced(model, args, "sparc")
 
 
@@ -60,3 +73,17 @@ def create_loss(args: Namespace) -> SparcLoss:
         reduction=args.sparc_reduction,
         **shared_settings(args, "sparc"),
     )
+
+
+def after_epoch(model: nn.Module, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:
+    """Draw what words select, where `--sparc-show-every` says so."""
+    if args.sparc_show_every and epoch % args.sparc_show_every == 0 and args.rank == 0:
+        from sparc_loss.integration.show_every import show_validation_pairs
+
+        show_validation_pairs(model, data, epoch, args, tb_writer)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"{text!r} given; expected a whole number of at least 1")
+    return int(text)

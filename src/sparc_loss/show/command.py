@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from torch import Tensor, nn
 
 from sparc_loss.functional import ALIGNMENTS
