@@ -25,6 +25,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_typed_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "sparc_loss/py.typed" in names
+    assert {f"sparc_loss/show/templates/page.{kind}" for kind in ("html.jinja", "css", "js")} <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "sparc_loss",
         f"sparc_loss-{sparc_loss.__version__}.dist-info",

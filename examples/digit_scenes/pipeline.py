@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = write_report(run, {name: models / name for name in stages}, data)
     minutes = (time.monotonic() - began) / 60
     print(f"\nHeld-out scenes, {minutes:.1f} minutes in all:\n\n{table}")
-    print(f"What each word selects under CLIP and SPARC: {run / 'words.png'}")
+    print(f"What each word selects under CLIP and SPARC: {run / 'words.png'}, and to point into: {run / 'words.html'}")
     print(f"The models, for open_clip.create_model('local-dir:...'): {models}")
 
 

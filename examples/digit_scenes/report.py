@@ -1,18 +1,13 @@
-"""What the models of a run have learnt of the held-out scenes: a table, and a picture of what words select."""
+"""What the models of a run have learnt of the held-out scenes: a table, and what words select, as picture and page."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import open_clip
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +24,8 @@ from sparc_loss.evaluation import (
     recall_chance,
     segment,
 )
-from sparc_loss.functional import alignment_weights, token_patch_similarity
+from sparc_loss.functional import token_patch_similarity
+from sparc_loss.show import align, alignment_page, draw
 
 from .dataset import Annotations, read_annotations
 from .scenes import IMAGE_SIZE, SceneObject
@@ -119,7 +115,7 @@ def best_background_threshold(embeddings: Embeddings, scenes: Annotations) -> fl
 
 
 def write_report(run: Path, models: Mapping[str, Path], data: Path) -> str:
-    """Measure the models on the test split; write results.json, table.md and words.png into `run`.
+    """Measure the models on the test split; write results.json, table.md, words.png and words.html into `run`.
 
     Args:
         run: where to write.
@@ -139,42 +135,34 @@ def write_report(run: Path, models: Mapping[str, Path], data: Path) -> str:
     (run / "results.json").write_text(json.dumps(columns, indent=2))
     table = _table(columns)
     (run / "table.md").write_text(table)
-    draw_words(run / "words.png", {name: embedded[name] for name in ("CLIP", "SPARC")}, test, first_scenes(test))
+    show_words(run, {name: models[name] for name in ("CLIP", "SPARC")}, test)
     return table
 
 
-def draw_words(path: Path, models: Mapping[str, Embeddings], scenes: Annotations, chosen: Sequence[int]) -> None:
-    """Draw what the words that name colours and kinds select: the scene, lit by each word's weights (Eqs. 2-4)."""
-    named = {index: sorted({w for each in scenes.objects[index] for w in each.words.values()}) for index in chosen}
-    columns = 1 + max(map(len, named.values()))
-    rows = len(chosen) * len(models)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, dpi=100)
-    for axis in axes.flat:
-        axis.axis("off")
-    for block, index in enumerate(chosen):
-        picture = np.asarray(Image.open(scenes.images[index])) / 255
-        words = scenes.captions[index].split()
-        for line, (name, embeddings) in enumerate(models.items()):
-            row = axes[block * len(models) + line]
-            row[0].imshow(picture)
-            row[0].set_title(name, fontsize=10, fontweight="bold")
-            similarity = token_patch_similarity(embeddings.token_features[[index]], embeddings.patch_features[[index]])
-            weights = rearrange(alignment_weights(similarity)[0], "l (h w) -> l h w", h=embeddings.grid[0])
-            for axis, word in zip(row[1:], named[index], strict=False):
-                axis.imshow(picture * _light(weights[word])[..., None])
-                axis.set_title(words[word].strip(","), fontsize=10)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path)
-    plt.close(figure)
+def show_words(run: Path, models: Mapping[str, Path], scenes: Annotations) -> None:
+    """words.png: two scenes, the words that tell colour, kind or size of an object; words.html: six, all words."""
+    loaded = {}
+    for name, folder in models.items():
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        loaded[name] = model, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}")
+    chosen = first_scenes(scenes)
+    pairs = [
+        align(scenes.images[index], scenes.captions[index], *parts, title=name)
+        for index in chosen
+        for name, parts in loaded.items()
+    ]
+    said = {
+        scenes.captions[index].split()[word].strip(",")
+        for index in chosen
+        for each in scenes.objects[index]
+        for word in each.words.values()
+    }
+    drawn = 2 * len(models)
+    draw(pairs[:drawn], words=said).savefig(run / "words.png", dpi=80)
+    (run / "words.html").write_text(alignment_page(pairs), encoding="utf-8")
 
 
-def _light(weights: Tensor) -> np.ndarray:
-    """Weights [h, w] as the brightness of each pixel: 1 at the highest, nearly dark at half of it and below."""
-    brightness = (weights / weights.max()).clamp(min=0.5) * 2 - 1
-    return 0.12 + 0.88 * np.kron(brightness.numpy(), np.ones((IMAGE_SIZE // len(weights),) * 2))
-
-
-def first_scenes(scenes: Annotations, number: int = 2, objects: int = 3) -> list[int]:
+def first_scenes(scenes: Annotations, number: int = 6, objects: int = 3) -> list[int]:
     """The first scenes of so many objects: a rule, so that no picture is picked for its beauty."""
     return [index for index, each in enumerate(scenes.objects) if len(each) == objects][:number]
 

@@ -36,9 +36,12 @@ def test_it_ends_with_a_table_of_every_measure_for_start_clip_sparc_and_chance(f
     assert (run / "table.md").read_text() in output
 
 
-def test_it_draws_what_words_select(finished):
-    _, run = finished
+def test_it_shows_what_words_select(finished):
+    output, run = finished
     assert (run / "words.png").stat().st_size > 10_000
+    page = (run / "words.html").read_text(encoding="utf-8")
+    assert [page.count(f">{name}</h2>") for name in ("CLIP", "SPARC")] == [6, 6]
+    assert str(run / "words.html") in output
 
 
 def test_sparc_and_the_control_start_from_the_same_checkpoint(finished):

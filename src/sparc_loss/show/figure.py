@@ -4,7 +4,7 @@ import logging
 import math
 import textwrap
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def alignment_figure(
 
 
 def draw(
-    pairs: Sequence[AlignedPair], *, smooth: bool = False, words: Sequence[str] | None = None, columns: int = 7
+    pairs: Sequence[AlignedPair], *, smooth: bool = False, words: Collection[str] | None = None, columns: int = 7
 ) -> Figure:
     """Draw aligned pairs one below the other.
 
@@ -139,7 +139,7 @@ class _Block:
     """One pair: caption, image, and a panel for every word."""
 
     def __init__(
-        self, pair: AlignedPair, above: AlignedPair | None, words: Sequence[str] | None, columns: int
+        self, pair: AlignedPair, above: AlignedPair | None, words: Collection[str] | None, columns: int
     ) -> None:
         self.pair, self.columns = pair, columns
         read = pair.caption.read
@@ -147,6 +147,7 @@ class _Block:
         self.header: list[str] = []
         if above is None or above.caption != pair.caption:
             self.header = _wrap(pair.caption.text, columns)
+        self.space = _LINE if self.header and above else 0
         self.notice = ""
         if len(read) < len(pair.caption.words):
             self.notice = f"The model's context ends after {len(read)} of {len(pair.caption.words)} words."
@@ -156,9 +157,10 @@ class _Block:
     @property
     def height(self) -> float:
         lines = len(self.header) + bool(self.notice)
-        return lines * _LINE + 0.08 * bool(lines) + self.rows * (_LABEL + self.panel_height + _GAP)
+        return self.space + lines * _LINE + 0.08 * bool(lines) + self.rows * (_LABEL + self.panel_height + _GAP)
 
     def draw(self, page: _Page, top: float, smooth: bool) -> None:
+        top += self.space
         for line in self.header:
             page.write(_MARGIN, top + _LINE / 2, line, size=10.5)
             top += _LINE
