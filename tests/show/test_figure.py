@@ -77,6 +77,20 @@ def test_a_panel_tells_the_share_of_patches_kept():
     assert [labels[labels.index(word) + 1] for word in ("red", "dog", "!")] == ["50%", "33%", "67%"]
 
 
+def test_all_but_one_patch_of_many_are_not_all():
+    weights = torch.ones(1, 20, 20) / 399
+    weights[0, 3, 4] = 0
+    many = replace(pair(words=("red",)), weights=weights, patch_size=(0.8, 1.5))
+    assert ">99%" in texts(draw([many]))
+
+
+def test_a_very_long_word_is_cut_in_its_label():
+    long = "antidisestablishmentarianism"
+    figure = draw([pair(long, (long,))])
+    assert "antidisestab…" in texts(figure)
+    assert long in panels(figure)
+
+
 def test_the_highest_patch_is_framed_where_there_is_one():
     frames = {axes.get_label(): [frame.get_bbox().bounds for frame in axes.patches] for axes in draw([pair()]).axes}
     # Left, top, width and height; the first pixel's left edge is at -0.5.
@@ -97,6 +111,11 @@ def test_the_whole_way_from_image_and_caption(tmp_path):
 
 def test_only_the_words_asked_for_are_drawn():
     assert list(panels(draw([pair()], words=["dog"]))) == ["image", "dog"]
+
+
+def test_no_pairs_are_refused():
+    with pytest.raises(ValueError, match="pairs is empty; expected at least one aligned pair"):
+        draw([])
 
 
 def test_a_caption_is_not_repeated_below_itself():
@@ -120,7 +139,8 @@ def test_what_looks_like_a_formula_stays_text(tmp_path):
 def test_letters_without_a_font_are_told_once(caplog, monkeypatch):
     from matplotlib import font_manager
 
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    own = [font for font in font_manager.fontManager.ttflist if "matplotlib" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
     draw([pair("dog 狗", ("dog", "狗"))])
     assert "no installed font has the letters '狗'" in caplog.text
     assert len(caplog.records) == 1

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from aligned_pairs import WEIGHTS, pair
 
 from sparc_loss.show import alignment_page
@@ -190,6 +192,16 @@ def test_the_share_of_patches_kept_is_said(article):
     ]
 
 
+def test_small_and_nearly_whole_shares_are_not_rounded_away(show):
+    weights = torch.full((1, 20, 20), 0.9999 / 398)
+    weights[0, 0, 0], weights[0, 0, 1] = 0, 0.0001
+    (article,) = show(replace(pair(words=("red",)), weights=weights, patch_size=(0.8, 1.5)))
+    article.point_at(article.words[0])
+    assert "keeps 399 of 400 patches, more than 99 %." in article.status
+    article.point_at(article.patches[1])
+    assert article.status == "Row 1, column 2 is selected by 1 of 1 words: “red” less than 0.1 %"
+
+
 def test_a_click_pins_a_word_and_another_lets_go(article):
     article.words[1].click()
     article.point_nowhere()
@@ -279,8 +291,6 @@ def test_patches_lie_on_their_part_of_the_image(show, driver):
 
 
 def test_pixels_outside_of_all_patches_are_not_covered(show, driver):
-    from dataclasses import replace
-
     (article,) = show(replace(pair(), pixels=np.full((20, 40, 3), 255, np.uint8)))
     script = """
         const [image, veil] = [...arguments].map((element) => element.getBoundingClientRect());

@@ -25,6 +25,7 @@ _PANEL, _GAP, _MARGIN, _LABEL, _LINE = 1.3, 0.14, 0.3, 0.32, 0.2
 _INK, _QUIET, _NOTICE, _NIGHT = "#1d2129", "#6b7280", "#a15c00", (0.055, 0.065, 0.09)
 _MARK = "#ffb224"
 _FONT = "DejaVu Sans"  # comes with matplotlib
+_LETTERS = 18  # of the longest label; smaller than these fit in, it could not be read
 _LEGEND = (
     "Light: (weight / the word's highest weight)². Per cent: the share of patches that the word keeps, "
     "those of a weight above 0. Framed: its highest patch."
@@ -75,7 +76,12 @@ def draw(
         smooth: blend from patch to patch instead of showing their edges.
         words: the words to draw, as written in `Caption.text`; None draws all.
         columns: panels in a row, the image itself included.
+
+    Raises:
+        ValueError: no pairs.
     """
+    if not pairs:
+        raise ValueError("pairs is empty; expected at least one aligned pair")
     blocks = [_Block(pair, above, words, columns) for above, pair in zip([None, *pairs], pairs, strict=False)]
     width = 2 * _MARGIN + columns * _PANEL + (columns - 1) * _GAP
     height = _MARGIN + sum(block.height for block in blocks) + _LINE + _MARGIN
@@ -172,10 +178,10 @@ class _Block:
         self._panel(page, top, 0, pixels, self.pair.title or "image", "", weight="bold")
         lit = light(self.pair, smooth).numpy()
         for place, index in enumerate(self.shown, start=1):
-            word, kept = self.pair.caption.read[index], self.pair.kept[index].item()
+            word = self.pair.caption.read[index]
             brightness = 0.1 + 0.9 * lit[index, :, :, None]
             panel = pixels * brightness + np.array(_NIGHT) * (1 - brightness)
-            axes = self._panel(page, top, place, panel, self.pair.caption[word], f"{kept:.0%}")
+            axes = self._panel(page, top, place, panel, self.pair.caption[word], _percent(self.pair.kept[index]))
             self._frame_highest(axes, self.pair.weights[index])
 
     def _frame_highest(self, axes: Axes, weights: Tensor) -> None:
@@ -192,8 +198,9 @@ class _Block:
         row, column = divmod(place, self.columns)
         left = _MARGIN + column * (_PANEL + _GAP)
         top += row * (_LABEL + self.panel_height + _GAP)
-        size = min(9.5, 9.5 * 12 / max(_display_width(label), 1))
-        page.write(left, top + _LABEL - 0.12, label, size=size, **style)
+        shown = label if _display_width(label) <= _LETTERS else label[: _LETTERS * 2 // 3] + "…"
+        size = min(9.5, 9.5 * 12 / max(_display_width(shown), 1))
+        page.write(left, top + _LABEL - 0.12, shown, size=size, **style)
         page.write(left + _PANEL, top + _LABEL - 0.12, note, size=7, color=_QUIET, ha="right")
         axes = page.axes(left, top + _LABEL, _PANEL, self.panel_height)
         axes.set_label(label)
@@ -208,6 +215,10 @@ def _wrap(text: str, columns: int) -> list[str]:
     return textwrap.wrap(text, max(int(letters / widest), 1)) or [""]
 
 
+def _percent(share: Tensor) -> str:
+    return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
+
+
 def _display_width(text: str) -> int:
     return sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
@@ -220,7 +231,8 @@ def _families(text: str) -> list[str]:
     families, missing = [_FONT], {letter for letter in text if not letter.isspace()}
     missing -= _letters(font_manager.findfont(_FONT))
     for font in font_manager.fontManager.ttflist if missing else ():
-        found = missing & _letters(font.fname)
+        # matplotlib's own last resort has a box for every letter.
+        found = set() if font.name.startswith("Last Resort") else missing & _letters(font.fname)
         if found:
             families.append(font.name)
             missing -= found

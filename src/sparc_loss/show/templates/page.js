@@ -48,7 +48,9 @@ for (const article of document.querySelectorAll(".pair")) {
 
   const percent = (share) => {
     const value = share * 100;
-    return value > 0 && value < 0.1 ? "less than 0.1 %" : `${value.toFixed(value < 10 ? 1 : 0)} %`;
+    if (value > 0 && value < 0.1) return "less than 0.1 %";
+    if (value >= 99.5 && value < 100) return "more than 99 %";
+    return `${value.toFixed(value < 10 && value > 0 ? 1 : 0)} %`;
   };
 
   const tellWord = (word) => {
