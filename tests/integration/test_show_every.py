@@ -85,15 +85,18 @@ def test_training_is_the_same_bit_for_bit(folder):
     assert not (folder / "logs" / "without" / "words").exists()
 
 
-def test_the_picture_is_of_the_first_validation_pairs_with_the_losses_settings(model, args, tmp_path):
-    args.sparc_threshold, args.sparc_alignment = 0.5, "dense"
+@pytest.mark.parametrize(("threshold", "alignment"), [(0.9, "sparse"), (None, "softmax")])
+def test_the_picture_is_of_the_first_validation_pairs_with_the_losses_settings(
+    model, args, tmp_path, threshold, alignment
+):
+    args.sparc_threshold, args.sparc_alignment = threshold, alignment
     sparc.after_epoch(model, DATA, 3, args, None)
     with open(args.val_data, newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))[:4]
     preprocess = image_transform(32, is_train=False)
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=16)
     pairs = [
-        align(row["filepath"], row["title"], model, preprocess, tokenizer, threshold=0.5, alignment="dense")
+        align(row["filepath"], row["title"], model, preprocess, tokenizer, threshold=threshold, alignment=alignment)
         for row in rows
     ]
     draw(pairs).savefig(tmp_path / "expected.png")
