@@ -87,12 +87,12 @@ def draw(
     height = _MARGIN + sum(block.height for block in blocks) + _LINE + _MARGIN
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     font = _families("".join(pair.title + pair.caption.text for pair in pairs))
-    page = _Page(figure, width, height, font)
+    canvas = _Canvas(figure, width, height, font)
     top = _MARGIN
     for block in blocks:
-        block.draw(page, top, smooth)
+        block.draw(canvas, top, smooth)
         top += block.height
-    page.write(_MARGIN, top + _LINE / 2, _LEGEND, size=7, color=_QUIET)
+    canvas.write(_MARGIN, top + _LINE / 2, _LEGEND, size=7, color=_QUIET)
     return figure
 
 
@@ -119,7 +119,7 @@ def light(pair: AlignedPair, smooth: bool = False) -> Tensor:
     return lit * ((y < rows)[:, None] & (x < columns))
 
 
-class _Page:
+class _Canvas:
     """A figure on which places are inches from the top left."""
 
     def __init__(self, figure: Figure, width: float, height: float, font: list[str]) -> None:
@@ -165,23 +165,23 @@ class _Block:
         lines = len(self.header) + bool(self.notice)
         return self.space + lines * _LINE + 0.08 * bool(lines) + self.rows * (_LABEL + self.panel_height + _GAP)
 
-    def draw(self, page: _Page, top: float, smooth: bool) -> None:
+    def draw(self, canvas: _Canvas, top: float, smooth: bool) -> None:
         top += self.space
         for line in self.header:
-            page.write(_MARGIN, top + _LINE / 2, line, size=10.5)
+            canvas.write(_MARGIN, top + _LINE / 2, line, size=10.5)
             top += _LINE
         if self.notice:
-            page.write(_MARGIN, top + _LINE / 2, self.notice, size=8.5, color=_NOTICE)
+            canvas.write(_MARGIN, top + _LINE / 2, self.notice, size=8.5, color=_NOTICE)
             top += _LINE
         top += 0.08 * bool(self.header or self.notice)
         pixels = self.pair.pixels / 255
-        self._panel(page, top, 0, pixels, self.pair.title or "image", "", weight="bold")
+        self._panel(canvas, top, 0, pixels, self.pair.title or "image", "", weight="bold")
         lit = light(self.pair, smooth).numpy()
         for place, index in enumerate(self.shown, start=1):
             word = self.pair.caption.read[index]
             brightness = 0.1 + 0.9 * lit[index, :, :, None]
             panel = pixels * brightness + np.array(_NIGHT) * (1 - brightness)
-            axes = self._panel(page, top, place, panel, self.pair.caption[word], _percent(self.pair.kept[index]))
+            axes = self._panel(canvas, top, place, panel, self.pair.caption[word], _percent(self.pair.kept[index]))
             self._frame_highest(axes, self.pair.weights[index])
 
     def _frame_highest(self, axes: Axes, weights: Tensor) -> None:
@@ -193,16 +193,16 @@ class _Block:
             axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=_MARK, linewidth=0.9))
 
     def _panel(
-        self, page: _Page, top: float, place: int, pixels: np.ndarray, label: str, note: str, **style: Any
+        self, canvas: _Canvas, top: float, place: int, pixels: np.ndarray, label: str, note: str, **style: Any
     ) -> Axes:
         row, column = divmod(place, self.columns)
         left = _MARGIN + column * (_PANEL + _GAP)
         top += row * (_LABEL + self.panel_height + _GAP)
         shown = label if _display_width(label) <= _LETTERS else label[: _LETTERS * 2 // 3] + "…"
         size = min(9.5, 9.5 * 12 / max(_display_width(shown), 1))
-        page.write(left, top + _LABEL - 0.12, shown, size=size, **style)
-        page.write(left + _PANEL, top + _LABEL - 0.12, note, size=7, color=_QUIET, ha="right")
-        axes = page.axes(left, top + _LABEL, _PANEL, self.panel_height)
+        canvas.write(left, top + _LABEL - 0.12, shown, size=size, **style)
+        canvas.write(left + _PANEL, top + _LABEL - 0.12, note, size=7, color=_QUIET, ha="right")
+        axes = canvas.axes(left, top + _LABEL, _PANEL, self.panel_height)
         axes.set_label(label)
         axes.imshow(pixels, aspect="auto")
         return axes

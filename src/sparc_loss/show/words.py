@@ -100,6 +100,7 @@ def read_caption(caption: str, tokenizer: Any) -> Caption:
 
 
 def _words(text: str, pieces: list[_Piece], places: list[int | None]) -> tuple[Word, ...]:
+    """The words that have pieces; `places` are the pieces' positions, None beyond the context."""
     spans = [match.span() for match in _WORD.finditer(text)]
     joined = {
         (left, right)
