@@ -9,7 +9,7 @@ OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 eino
 .PHONY: help install train test test-oldest fuzz bench lint clean
 
 help:
-	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table and a picture"
+	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
 	@echo "make test    run the tests"
 	@echo "make bench   measure what the fine-grained loss costs; minutes"
 	@echo "make fuzz    hold the loss against its slow reference in 20,000 random cases"

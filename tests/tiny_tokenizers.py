@@ -117,11 +117,11 @@ def nllb(folder: Path, legacy: bool = False, **options: Any) -> HFTokenizer:
     return _load(folder, "NllbTokenizer", backend, names, template, config, **options)
 
 
-def word_level(folder: Path, template: str | None, **names: str) -> HFTokenizer:
+def word_level(folder: Path, template: str | None, config: dict[str, Any] | None = None, **names: str) -> HFTokenizer:
     """Whole words, and the special tokens put around them by `template` ("$A" is the caption)."""
     backend = Tokenizer(models.WordLevel(_numbered("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS), unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return _load(folder, "PreTrainedTokenizerFast", backend, names, template)
+    return _load(folder, "PreTrainedTokenizerFast", backend, names, template, config)
 
 
 def _load(
@@ -139,6 +139,7 @@ def _load(
     if template:
         ids = [(token, backend.token_to_id(token)) for token in template.split() if token != "$A"]
         backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {f"{name}_token": token for name, token in names.items()} | (config or {})
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, **config}))

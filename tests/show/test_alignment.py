@@ -8,7 +8,8 @@ from einops import rearrange
 from open_clip.transform import image_transform
 from open_clip.utils import to_2tuple
 from PIL import Image
-from tiny_models import GRIDS, VISION, hf_tokenizer
+from tiny_models import GRIDS, VISION
+from tiny_tokenizers import word_level
 from torch import nn
 
 from sparc_loss import surface_embeddings
@@ -20,7 +21,7 @@ CAPTION = "a red dog!"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return hf_tokenizer(tmp_path_factory.mktemp("tokenizer"), None, pad_token="[PAD]")
+    return word_level(tmp_path_factory.mktemp("tokenizer"), None, pad="[PAD]")
 
 
 def picture(width: int = 90, height: int = 70) -> Image.Image:

@@ -11,7 +11,7 @@ from aligned_pairs import WEIGHTS, pair
 from matplotlib.figure import Figure
 from open_clip.transform import image_transform
 from PIL import Image
-from tiny_models import hf_tokenizer
+from tiny_tokenizers import word_level
 
 from sparc_loss.show import align, alignment_figure, draw
 from sparc_loss.show.figure import light
@@ -99,7 +99,7 @@ def test_the_highest_patch_is_framed_where_there_is_one():
 
 def test_the_whole_way_from_image_and_caption(tmp_path):
     model = tiny_models.clip()
-    tokenizer = hf_tokenizer(tmp_path, None, pad_token="[PAD]")
+    tokenizer = word_level(tmp_path, None, pad="[PAD]")
     preprocess = image_transform((16, 24), is_train=False)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     options = {"threshold": 0.3, "alignment": "sparse"}

@@ -2,7 +2,7 @@
 
 import pytest
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from tiny_models import CONTEXT, hf_tokenizer
+from tiny_tokenizers import CONTEXT, word_level
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def hugging_face(request, tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder)
-    hf_tokenizer(folder / "skips", None, pad_token="[PAD]")  # where open_clip and transformers do not fit
+    word_level(folder / "skips", None, pad="[PAD]")  # where open_clip and transformers do not fit
     return HFTokenizer(str(folder), context_length=40)
 
 
@@ -96,7 +96,7 @@ def test_a_characters_pieces_come_together_again(simple):
 
 
 def test_pieces_are_those_of_the_tokenizers_ids(tmp_path):
-    tokenizer = hf_tokenizer(tmp_path, "[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    tokenizer = word_level(tmp_path, "[CLS] $A [SEP]", pad="[PAD]", cls="[CLS]", sep="[SEP]")
     caption = read_caption("a  red dog !", tokenizer)
     assert [(caption[word], word.positions) for word in caption.words] == [
         ("a", (1,)),
@@ -107,14 +107,14 @@ def test_pieces_are_those_of_the_tokenizers_ids(tmp_path):
 
 
 def test_a_left_padding_tokenizer_counts_from_the_end(tmp_path):
-    tokenizer = hf_tokenizer(tmp_path, None, pad_token="[PAD]", padding_side="left")
+    tokenizer = word_level(tmp_path, None, config={"padding_side": "left"}, pad="[PAD]")
     caption = read_caption("a dog", tokenizer)
     assert [word.positions for word in caption.words] == [(CONTEXT - 2,), (CONTEXT - 1,)]
 
 
 @pytest.mark.parametrize(("side", "read"), [("right", slice(0, CONTEXT)), ("left", slice(2, None))])
 def test_words_beyond_the_context_are_known_and_not_read(tmp_path, side, read):
-    tokenizer = hf_tokenizer(tmp_path, None, pad_token="[PAD]", truncation_side=side)
+    tokenizer = word_level(tmp_path, None, config={"truncation_side": side}, pad="[PAD]")
     caption = read_caption("a red dog runs ! " * 2, tokenizer)
     assert len(caption.words) == CONTEXT + 2
     assert caption.read == caption.words[read]
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_drops_pieces_is_refused():
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path, monkeypatch):
-    tokenizer = hf_tokenizer(tmp_path, None, pad_token="[PAD]")
+    tokenizer = word_level(tmp_path, None, pad="[PAD]")
     monkeypatch.setattr(type(tokenizer.tokenizer), "is_fast", False)
     with pytest.raises(TypeError, match=r"tokenizer is a slow one .* expected a fast Hugging Face tokenizer"):
         read_caption("a dog", tokenizer)
