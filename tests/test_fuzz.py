@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fuzz import TOLERANCES, fuzz
+from fuzz import TOLERANCES, fuzz, main
 from implementations import IMPLEMENTATIONS
 from torch import Tensor
 
@@ -15,6 +15,15 @@ def test_random_cases_equal_the_slow_reference_in_every_dtype(name: str) -> None
     assert counts["left out"] < 50
     assert worst.keys() == TOLERANCES.keys()
     assert all(error < TOLERANCES[dtype] for dtype, error in worst.items()), worst
+
+
+def test_the_command_reports_the_worst_error_of_every_implementation_and_dtype(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fuzz", "--cases", "40"])
+    assert main() == 0
+    report = capsys.readouterr().out
+    assert report.count("worst error") == len(IMPLEMENTATIONS) * len(TOLERANCES)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
