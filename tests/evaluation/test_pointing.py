@@ -53,6 +53,11 @@ def test_chance_is_the_share_of_centres_in_the_mask():
     assert pointing_game(torch.randn(2, 6), GRID, masks).chance.tolist() == pytest.approx([1 / 3, 0])
 
 
+def test_an_object_between_the_centres_is_out_of_reach():
+    masks = torch.cat([mask((2, 4), (2, 5)), mask((3, 5)), mask()])
+    assert pointing_game(torch.randn(3, 6), GRID, masks).reachable.tolist() == [False, True, False]
+
+
 def test_random_maps_score_chance():
     masks = torch.rand(4000, 8, 8) < 0.3
     game = pointing_game(torch.randn(4000, 16), (4, 4), masks)

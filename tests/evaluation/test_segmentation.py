@@ -8,6 +8,7 @@ import torch
 from sparc_loss.evaluation import (
     BACKGROUND,
     intersection_and_union,
+    majority_segmentation,
     mean_iou,
     random_intersection_and_union,
     segment,
@@ -105,6 +106,77 @@ def test_random_labels_score_chance(background):
     measured = mean_iou(*intersection_and_union(labels, target, 3), background=background)
     expected = mean_iou(*random_intersection_and_union(target, 3, background=background), background=background)
     assert measured == pytest.approx(expected, abs=0.005)
+
+
+B = BACKGROUND
+TARGET = torch.tensor(
+    [
+        [0, 0, 1, B],
+        [0, 1, B, B],
+        [B, B, 1, 1],
+        [B, B, 2, 1],
+    ]
+)
+
+
+def test_the_majority_labels_whole_patches():
+    labels = majority_segmentation(TARGET, (2, 2), 3, background=True)
+    assert labels.tolist() == [[0, 0, B, B], [0, 0, B, B], [B, B, 1, 1], [B, B, 1, 1]]
+
+
+def test_without_background_a_patch_takes_its_most_frequent_class_and_an_empty_one_that_of_the_image():
+    labels = majority_segmentation(TARGET, (2, 2), 3)
+    assert labels.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_the_majoritys_score_is_the_ceiling_worked_by_hand():
+    labels = majority_segmentation(TARGET, (2, 2), 3, background=True)
+    scored = intersection_and_union(labels, TARGET, 3)
+    # 0: 3 of 4. 1: 3 of 6. 2: 0 of 1. Background: 7 of 8.
+    assert mean_iou(*scored, background=True) == pytest.approx((3 / 4 + 3 / 6 + 0 + 7 / 8) / 4)
+
+
+def test_a_grid_of_pixels_reaches_everything():
+    assert torch.equal(majority_segmentation(TARGET, (4, 4), 3, background=True), TARGET)
+
+
+def test_equal_numbers_of_pixels_go_to_the_first_class():
+    assert majority_segmentation(torch.tensor([[2, 1]]), (1, 1), 3).tolist() == [[1, 1]]
+
+
+def test_patches_need_not_divide_the_pixels():
+    # 2 patches over 5 pixels: the third lies in the first patch, for the most part of it does.
+    labels = majority_segmentation(torch.tensor([[0, 1, 1, 2, 2]]), (1, 2), 3)
+    assert labels.tolist() == [[1, 1, 1, 2, 2]]
+
+
+def test_ignored_pixels_have_no_say_in_the_majority():
+    labels = majority_segmentation(torch.tensor([[255, 255, 1, 0]]), (1, 1), 2, ignore=255)
+    assert labels.tolist() == [[0, 0, 0, 0]]
+
+
+def test_an_image_of_no_class_stays_background():
+    assert majority_segmentation(torch.full((2, 2), B), (1, 1), 3).tolist() == [[B, B], [B, B]]
+
+
+def test_no_labels_of_whole_patches_have_more_pixels_right_than_the_majority():
+    target = torch.randint(B, 4, (12, 18))
+    majority = majority_segmentation(target, (3, 6), 4, background=True)
+    for _ in range(50):
+        other = torch.randint(B, 4, (3, 6)).repeat_interleave(4, 0).repeat_interleave(3, 1)
+        assert (other == target).sum() <= (majority == target).sum()
+
+
+def test_a_grid_finer_than_the_pixels_is_refused():
+    with pytest.raises(
+        ValueError, match=r"target has shape \[4, 4\], grid is 5 x 2; expected \[H, W\], no finer a grid"
+    ):
+        majority_segmentation(TARGET, (5, 2), 3)
+
+
+def test_a_majority_of_labels_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="target has the label 2; expected 0 to 1, or -1 for background"):
+        majority_segmentation(TARGET, (2, 2), 2)
 
 
 @pytest.mark.parametrize("present", [[], [3], [-1]])

@@ -14,15 +14,18 @@ from sparc_loss._validation import check_features, check_mask
 
 
 class PointingGame(NamedTuple):
-    """The outcome per similarity map; the means over N are accuracy and chance level.
+    """The outcome per similarity map; the means over N are accuracy, chance level and ceiling.
 
     Attributes:
         hits: bool [N].
         chance: float32 [N], the hit rate of a patch drawn at random.
+        reachable: bool [N], whether the centre of any patch lies in the mask: an object between the centres cannot
+            be hit.
     """
 
     hits: Tensor
     chance: Tensor
+    reachable: Tensor
 
 
 def pointing_game(similarity: Tensor, grid: tuple[int, int], masks: Tensor) -> PointingGame:
@@ -52,7 +55,9 @@ def pointing_game(similarity: Tensor, grid: tuple[int, int], masks: Tensor) -> P
 
     inside = _at_centres(masks, height, width)
     is_maximum = similarity == similarity.amax(dim=-1, keepdim=True)
-    return PointingGame(hits=(inside | ~is_maximum).all(dim=-1), chance=inside.float().mean(dim=-1))
+    return PointingGame(
+        hits=(inside | ~is_maximum).all(dim=-1), chance=inside.float().mean(dim=-1), reachable=inside.any(dim=-1)
+    )
 
 
 def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -11,7 +11,9 @@ the data set before they are divided, as PASCAL VOC does it:
     mean_iou(*totals)
 
 The paper averages over foreground classes and predicts no background, so background pixels count against every class.
-With `background_threshold` pixels that resemble no class are background, which is then a class like the others.
+With `background_threshold` pixels that resemble no class are background, which is then a class like the others. Or
+let `ignore=BACKGROUND` leave the background's pixels out: that tells how well the classes are told apart. What a grid
+of patches can reach at all is the score of `majority_segmentation`.
 """
 
 from collections.abc import Sequence
@@ -117,6 +119,54 @@ def intersection_and_union(
     predicted, true = (_count(name, values, num_classes) for name, values in (("labels", labels), ("target", target)))
     intersection = _count("labels", labels[labels == target], num_classes)
     return intersection, predicted + true - intersection
+
+
+def majority_segmentation(
+    target: Tensor, grid: tuple[int, int], num_classes: int, *, background: bool = False, ignore: int | None = None
+) -> Tensor:
+    """Give all pixels of a patch the class that most of them have: about the best that one label per patch can do.
+
+    Not a strict bound: `segment` interpolates between patches, and so may draw finer borders.
+
+    Args:
+        target: int64 [H, W], 0 to num_classes - 1, BACKGROUND or `ignore`.
+        grid: height and width of the patch grid.
+        num_classes: C.
+        background: background is a label too. If not, a patch without a pixel of any class takes the image's most
+            frequent one, whose union it hurts least.
+        ignore: as in `intersection_and_union`.
+
+    Returns:
+        Labels, int64 [H, W]; of classes as frequent, the first. BACKGROUND where there is no class at all.
+
+    Raises:
+        TypeError: target of another dtype.
+        ValueError: target of another rank, a label out of range, a grid finer than the pixels.
+    """
+    _check_labels("target", target)
+    if target.ndim != 2 or not (0 < grid[0] <= target.shape[0] and 0 < grid[1] <= target.shape[1]):
+        raise ValueError(
+            f"target has shape {list(target.shape)}, grid is {grid[0]} x {grid[1]}; expected [H, W], no finer a grid"
+        )
+    rows, columns = (
+        (torch.arange(pixels, device=target.device) * patches).div(pixels, rounding_mode="floor")
+        for pixels, patches in zip(target.shape, grid, strict=True)
+    )
+    patch = rows[:, None] * grid[1] + columns
+    kept = torch.ones_like(target, dtype=torch.bool) if ignore is None else target != ignore
+    _count("target", target[kept], num_classes)  # refuses labels out of range
+    # Classes first, background last: row-major bins of (patch, label).
+    bins = patch[kept] * (num_classes + 1) + target[kept] % (num_classes + 1)
+    size = grid[0] * grid[1] * (num_classes + 1)
+    pixels = torch.bincount(bins, minlength=size).view(-1, num_classes + 1)
+    if not background:
+        pixels = pixels[:, :-1]
+        frequency = pixels.sum(dim=0)
+        if num_classes == 0 or not frequency.any():
+            return torch.full_like(target, BACKGROUND)
+        pixels = pixels.where(pixels.any(dim=1, keepdim=True), frequency)
+    labels = pixels.argmax(dim=1)
+    return labels.masked_fill(labels == num_classes, BACKGROUND)[patch]
 
 
 def random_intersection_and_union(

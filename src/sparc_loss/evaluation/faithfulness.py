@@ -1,0 +1,97 @@
+"""Faithfulness: how much of the caption retrieved for an image is said in the captions that people gave it.
+
+K-Precision is the share of the retrieved caption's words that stand in at least one of the image's own captions; its
+nouns-and-adjectives form counts those alone (Bica et al., arXiv 2401.09865, Section 4; after Adlakha et al., arXiv
+2307.16877). A retrieved caption may be another image's and still say nothing false.
+
+Words are runs of letters and digits, lower case; each occurrence counts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparc_loss.evaluation.retrieval import caption_images
+
+
+class KPrecision(NamedTuple):
+    """K-Precision per image; `nanmean` is that of the data set.
+
+    Attributes:
+        precision: float64 [N], NaN where the retrieved caption has no word that counts.
+        chance: float64 [N], its mean over all captions that could have been retrieved.
+    """
+
+    precision: Tensor
+    chance: Tensor
+
+
+def k_precision(
+    captions: Sequence[str],
+    retrieved: Tensor,
+    image_index: Tensor | None = None,
+    counts: Callable[[str], bool] | Collection[str] | None = None,
+) -> KPrecision:
+    """K-Precision of the caption retrieved for each image.
+
+    Args:
+        captions: M captions, of all images.
+        retrieved: int64 [N], the caption retrieved for each image: `nearest_captions(...)`.
+        image_index: int64 [M], the image of each caption; None is caption i to image i, with M = N.
+        counts: which words count: a set of lower-case words, or a function that says so for one, such as a
+            part-of-speech tagger's "noun or adjective"; None is all words.
+
+    Raises:
+        TypeError: `captions` a single string, `retrieved` or `image_index` not of int64.
+        ValueError: shapes that disagree, a caption out of range, an image without a caption.
+    """
+    if isinstance(captions, str):
+        raise TypeError("captions is a str; expected a sequence of captions")
+    if not isinstance(retrieved, Tensor) or retrieved.dtype != torch.long or retrieved.ndim != 1:
+        found = f"{retrieved.dtype} {list(retrieved.shape)}" if isinstance(retrieved, Tensor) else type(retrieved)
+        raise TypeError(f"retrieved is {found}; expected a tensor of torch.int64 [N]")
+    images = len(retrieved)
+    if image_index is None and len(captions) != images:
+        raise ValueError(f"captions has {len(captions)}, retrieved {images}; expected as many, or an image_index")
+    image_of = caption_images(image_index, images, len(captions), retrieved.device).tolist()
+    outside = [caption for caption in retrieved.tolist() if not 0 <= caption < len(captions)]
+    if outside:
+        raise ValueError(f"retrieved has the caption {outside[0]}; expected 0 to {len(captions) - 1}")
+
+    said: list[set[str]] = [set() for _ in range(images)]
+    for image, caption in zip(image_of, captions, strict=True):
+        said[image].update(caption_words(caption))
+    shares = [_shares(caption, counts) for caption in captions]
+    # The mean share of each word over the captions that have any: chance is what of it an image's captions say.
+    average: Counter[str] = Counter()
+    for share in filter(None, shares):
+        average.update(share)
+    total = sum(map(bool, shares))
+
+    def within(share: dict[str, float], image: int) -> float:
+        return sum(amount for word, amount in share.items() if word in said[image])
+
+    precision = [
+        within(shares[caption], image) if shares[caption] else torch.nan
+        for image, caption in enumerate(retrieved.tolist())
+    ]
+    chance = [sum(average[word] for word in words) / total if total else torch.nan for words in said]
+    return KPrecision(torch.tensor(precision, dtype=torch.float64), torch.tensor(chance, dtype=torch.float64))
+
+
+def caption_words(caption: str) -> list[str]:
+    """The words of a caption in lower case, without punctuation; "snow-white" and "dog's" are one word each."""
+    return re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", caption.lower())
+
+
+def _shares(caption: str, counts: Callable[[str], bool] | Collection[str] | None) -> dict[str, float]:
+    """Each word that counts -> its share of those of the caption."""
+    words = caption_words(caption)
+    if counts is not None:
+        counts = counts if callable(counts) else counts.__contains__
+        words = [word for word in words if counts(word)]
+    return {word: number / len(words) for word, number in Counter(words).items()}

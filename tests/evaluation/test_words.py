@@ -1,0 +1,80 @@
+"""Which tokens are those of a word, for each kind of open_clip tokenizer."""
+
+import open_clip
+import pytest
+import torch
+from tiny_models import hf_tokenizer, ids_of
+
+from sparc_loss.evaluation.words import word_positions
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return open_clip.SimpleTokenizer(context_length=16)
+
+
+def pieces(tokenizer, caption):
+    """The text of each word's tokens."""
+    ids = tokenizer([caption])[0]
+    return [
+        [tokenizer.decoder[int(ids[position])] for position in word] for word in word_positions(tokenizer, caption)
+    ]
+
+
+def test_one_token_per_common_word_after_the_start(tokenizer):
+    assert word_positions(tokenizer, "a red seven") == [[1], [2], [3]]
+
+
+def test_a_rare_word_has_several_tokens(tokenizer):
+    assert pieces(tokenizer, "red xylotomous dog") == [["red</w>"], ["xy", "lo", "tom", "ous</w>"], ["dog</w>"]]
+
+
+def test_punctuation_goes_with_the_word_it_stands_at(tokenizer):
+    assert pieces(tokenizer, 'a "red" dog!') == [["a</w>"], ['"</w>', "red</w>", '"</w>'], ["dog</w>", "!</w>"]]
+
+
+def test_words_beyond_the_context_have_no_token(tokenizer):
+    positions = word_positions(tokenizer, " ".join(["red"] * 20))
+    assert positions[:14] == [[position] for position in range(1, 15)]
+    assert positions[14:] == [[]] * 6
+
+
+def test_an_empty_caption_has_no_words(tokenizer):
+    assert word_positions(tokenizer, "  ") == []
+
+
+def test_white_space_does_not_matter(tokenizer):
+    assert word_positions(tokenizer, " a  red\tseven ") == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize("template", ["[CLS] $A [SEP]", "$A [SEP]", None])
+def test_hugging_face_tokenizers(tmp_path, template):
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = hf_tokenizer(tmp_path, template, **special)
+    ids, names = tokenizer(["red dog! runs"])[0], {index: word for word, index in ids_of(tokenizer).items()}
+    found = [[names[int(ids[position])] for position in word] for word in word_positions(tokenizer, "red dog! runs")]
+    assert found == [["red"], ["dog", "!"], ["runs"]]
+
+
+def test_a_tokenizer_that_drops_a_word_gives_it_no_token():
+    class Dropping(open_clip.SimpleTokenizer):
+        def __call__(self, texts):
+            return super().__call__([text.replace("the", "") for text in texts])
+
+    assert word_positions(Dropping(context_length=16), "in the park") == [[1], [], [2]]
+
+
+def test_words_that_melt_together_are_refused():
+    class Melting(open_clip.SimpleTokenizer):
+        def __call__(self, texts):
+            return super().__call__([text.replace(" ", "") for text in texts])
+
+    with pytest.raises(
+        ValueError, match=r"caption 'red xylotomous': its beginning .* is tokenized otherwise on its own"
+    ):
+        word_positions(Melting(context_length=16), "red xylotomous")
+
+
+def test_another_tokenizer_is_refused():
+    with pytest.raises(TypeError, match="tokenizer is a function; expected what open_clip"):
+        word_positions(lambda texts: torch.ones(len(texts), 4, dtype=torch.long), "a dog")
