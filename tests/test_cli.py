@@ -14,12 +14,14 @@ def test_train_hands_its_arguments_to_the_launcher_and_returns_its_code(monkeypa
 @pytest.mark.parametrize(("argv", "found"), [([], "no command given"), (["trian"], "unknown command 'trian'")])
 def test_anything_else_is_one_error_with_the_commands(argv, found, capsys):
     assert cli.main(argv) == 2
-    assert f"sparc-loss: error: {found}; expected train or show" in capsys.readouterr().err
+    assert f"sparc-loss: error: {found}; expected train, evaluate or show" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
-    assert "train an open_clip model with a loss plug-in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train an open_clip model with a loss plug-in" in printed
+    assert "measure an open_clip model on a CSV" in printed
 
 
 def test_version_is_the_packages(capsys):

@@ -7,8 +7,9 @@ from sparc_loss import __version__
 USAGE = """usage: sparc-loss COMMAND ...
 
 commands:
-  train    train an open_clip model with a loss plug-in; the same as python -m sparc_loss.train
-  show     draw what each word of a caption selects of an image, as a picture or a page
+  train      train an open_clip model with a loss plug-in; the same as python -m sparc_loss.train
+  evaluate   measure an open_clip model on a CSV of images and captions, with boxes or masks where it has them
+  show       draw what each word of a caption selects of an image, as a picture or a page
 
 sparc-loss COMMAND --help lists the flags. sparc-loss --version prints the version.
 """
@@ -22,6 +23,10 @@ def main(argv: list[str] | None = None) -> int:
             from sparc_loss import train
 
             return train.main(rest)
+        case ["evaluate", *rest]:
+            from sparc_loss.evaluation import command
+
+            return command.main(rest)
         case ["show", *rest]:
             try:
                 from sparc_loss.show import command
@@ -35,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
         case ["-h" | "--help"]:
             print(USAGE, end="")
             return 0
-    found = (
-        f"unknown command {argv[0]!r}; expected train or show" if argv else "no command given; expected train or show"
-    )
-    print(f"{USAGE}\nsparc-loss: error: {found}", file=sys.stderr)
+    found = f"unknown command {argv[0]!r}" if argv else "no command given"
+    print(f"{USAGE}\nsparc-loss: error: {found}; expected train, evaluate or show", file=sys.stderr)
     return 2

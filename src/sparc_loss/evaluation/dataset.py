@@ -1,0 +1,245 @@
+"""The CSV that `sparc-loss evaluate` reads: open_clip's, with further columns for what else is known of the images.
+
+    filepath       an image; rows of one filepath are captions of one image
+    title          a caption
+    boxes          objects of the caption, a JSON list of {"phrase": "a red seven", "box": [left, top, right, bottom]}
+                   in pixels of the file, right and bottom exclusive; {..., "words": [1, 2]} says which words of
+                   title.split() name the object
+    mask           a PNG of the image's size, 8 bits a pixel: 0 is background, i line i of the classes, 255 ignored
+    label          the image's class, a line of the classes
+    hard_negative  a caption like title, but wrong of the image, such as one with attributes swapped
+
+All but the first two may be missing or, in a row, empty. Paths are relative to the working directory, as open_clip's.
+"""
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sparc_loss.evaluation.segmentation import BACKGROUND
+
+# In the tensors that `read_mask` returns; no class of a mask of 8 bits.
+IGNORED = 255
+
+COLUMNS = ("boxes", "mask", "label", "hard_negative")
+
+
+class DataError(ValueError):
+    """Data that cannot be read, in one line that names the file."""
+
+
+@dataclass(frozen=True)
+class NamedObject:
+    """An object of a caption: what it is called, its box in pixels, the words of `caption.split()` that name it."""
+
+    phrase: str
+    box: tuple[float, float, float, float]
+    words: tuple[int, ...] = ()
+
+
+@dataclass
+class EvaluationData:
+    """N images and their M captions.
+
+    Attributes:
+        images: N paths.
+        captions: M captions.
+        image_index: the image of each caption.
+        objects: the objects of each caption.
+        hard_negatives: the swapped caption of each caption, or None.
+        masks: N paths, or None.
+        labels: the class of each image, or None.
+        classes: the names of the C classes.
+    """
+
+    classes: list[str]
+    images: list[Path] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    image_index: list[int] = field(default_factory=list)
+    objects: list[tuple[NamedObject, ...]] = field(default_factory=list)
+    hard_negatives: list[str | None] = field(default_factory=list)
+    masks: list[Path | None] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+
+    def captions_of(self) -> list[list[int]]:
+        """The captions of each image."""
+        captions: list[list[int]] = [[] for _ in self.images]
+        for caption, image in enumerate(self.image_index):
+            captions[image].append(caption)
+        return captions
+
+
+def read_data(
+    path: str | Path,
+    classes: list[str] | None = None,
+    *,
+    separator: str | None = None,
+    image_key: str = "filepath",
+    caption_key: str = "title",
+) -> EvaluationData:
+    """Read the CSV; nothing of the images but that they are there.
+
+    Args:
+        path: of the CSV.
+        classes: names of the classes, which the columns mask and label need.
+        separator: None is a tab if the first line has one, else a comma.
+        image_key: column of the images.
+        caption_key: column of the captions.
+
+    Raises:
+        DataError: what cannot be read, with file and line.
+    """
+    path = Path(path)
+    data = EvaluationData(list(classes or []))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if separator is None:
+                separator = "\t" if "\t" in file.readline() else ","
+                file.seek(0)
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            columns = reader.fieldnames or []
+            for key in (image_key, caption_key):
+                if key not in columns:
+                    raise DataError(
+                        f"{path} has the columns {', '.join(columns) or 'none'}; expected {key} among them"
+                    )
+            for column in ("mask", "label"):
+                if column in columns and not data.classes:
+                    raise DataError(
+                        f"{path} has a column {column}; expected the names of the classes with it (--classes)"
+                    )
+            known: dict[str, int] = {}
+            for row in reader:
+                try:
+                    _add(data, row, known, row[image_key], row[caption_key])
+                except DataError as error:
+                    raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not data.images:
+        raise DataError(f"{path} has no row; expected at least one image")
+    return data
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file without the white space around them, such as names of classes.
+
+    Raises:
+        DataError: it cannot be read, is empty, or has an empty line or one twice.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not lines or "" in lines:
+        where = f"line {lines.index('') + 1} is empty" if lines else "it is empty"
+        raise DataError(f"{path}: {where}; expected one entry per line")
+    twice = next((line for line in lines if lines.count(line) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has {twice!r} twice; expected different lines")
+    return lines
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image, decoded.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    return image
+
+
+def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Tensor:
+    """The classes of the pixels, int64 [H, W]: 0 to num_classes - 1, BACKGROUND or IGNORED.
+
+    Args:
+        path: of the PNG.
+        size: height and width of its image.
+        num_classes: C.
+
+    Raises:
+        DataError: it cannot be read, has another size or more than 8 bits, or a value that is no class.
+    """
+    picture = read_image(path)
+    if picture.mode not in ("L", "P", "1"):
+        raise DataError(f"{path} has mode {picture.mode}; expected 8 bits a pixel, grey or palette")
+    values = np.asarray(picture).astype(np.int64)
+    if values.shape != size:
+        raise DataError(f"{path} is {list(values.shape)}, its image {list(size)}; expected the same height and width")
+    wrong = values[(values > num_classes) & (values != IGNORED)]
+    if wrong.size:
+        raise DataError(
+            f"{path} has the value {wrong[0]}; expected 0 to {num_classes} (background, classes) or {IGNORED}"
+        )
+    target = torch.from_numpy(values)
+    return torch.where(target == IGNORED, IGNORED, torch.where(target == 0, BACKGROUND, target - 1))
+
+
+def _add(data: EvaluationData, row: dict[str, Any], known: dict[str, int], image: str, caption: str) -> None:
+    if None in row or None in row.values():
+        raise DataError("it has more or fewer fields than the first line; expected as many")
+    if image not in known:
+        known[image] = len(data.images)
+        data.images.append(_file(image))
+        data.masks.append(None)
+        data.labels.append(None)
+    index = known[image]
+    data.captions.append(caption)
+    data.image_index.append(index)
+    data.hard_negatives.append(row.get("hard_negative") or None)
+    data.objects.append(_objects(row["boxes"], caption) if row.get("boxes") else ())
+    if row.get("mask"):
+        data.masks[index] = _same(data.masks[index], _file(row["mask"]), "mask", image)
+    if row.get("label"):
+        if row["label"] not in data.classes:
+            raise DataError(f"label is {row['label']!r}; expected one of the {len(data.classes)} classes")
+        data.labels[index] = _same(data.labels[index], data.classes.index(row["label"]), "label", image)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise DataError(f"there is no file {text!r}")
+    return path
+
+
+def _same(before: Any, now: Any, column: str, image: str) -> Any:
+    if before not in (None, now):
+        raise DataError(f"{column} differs from that of an earlier row; expected one {column} for {image}")
+    return now
+
+
+def _objects(text: str, caption: str) -> tuple[NamedObject, ...]:
+    try:
+        return tuple(_object(entry, len(caption.split())) for entry in json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"boxes is {text[:80]!r} ({type(error).__name__}: {error}); "
+            'expected a JSON list of {"phrase": text, "box": [left, top, right, bottom]}'
+        ) from error
+
+
+def _object(entry: dict[str, Any], length: int) -> NamedObject:
+    phrase, (left, top, right, bottom) = entry["phrase"], map(float, entry["box"])
+    if not isinstance(phrase, str) or not phrase.strip():
+        raise ValueError("a phrase is not a text")
+    if not (left < right and top < bottom):
+        raise ValueError("a box is empty")
+    words = tuple(entry.get("words", ()))
+    if not all(type(word) is int and 0 <= word < length for word in words):
+        raise ValueError(f"words are not positions in title.split(), 0 to {length - 1}")
+    if not entry.keys() <= {"phrase", "box", "words"}:
+        raise ValueError("an unknown key")
+    return NamedObject(phrase, (left, top, right, bottom), words)

@@ -1,0 +1,379 @@
+"""Every measure that a data set allows, of one model. Importing this imports open_clip.
+
+Pooled features see what the model's own preprocessing shows, which may cut the borders off. Patches see the whole
+image, squashed to the model's size: else boxes and masks would not lie where the grid of patches is.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from sparc_loss.evaluation.classification import top_k_accuracy
+from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, read_image, read_mask
+from sparc_loss.evaluation.faithfulness import k_precision
+from sparc_loss.evaluation.hard_negatives import HARD_NEGATIVE_CHANCE, hard_negative_accuracy
+from sparc_loss.evaluation.image_dependence import ImageDependence, image_dependence, mean_image_dependence
+from sparc_loss.evaluation.pointing import PointingGame, box_masks, pointing_game
+from sparc_loss.evaluation.retrieval import nearest_captions, recall_at_k, recall_chance
+from sparc_loss.evaluation.segmentation import (
+    BACKGROUND,
+    intersection_and_union,
+    majority_segmentation,
+    mean_iou,
+    random_intersection_and_union,
+    segment,
+)
+from sparc_loss.evaluation.words import word_positions
+from sparc_loss.functional import Alignment, token_patch_similarity
+
+
+class Measure(NamedTuple):
+    """One figure, in [0, 1].
+
+    Attributes:
+        name: such as "image_to_text_R@1".
+        value: what the model scores.
+        chance: what guessing scores.
+        ceiling: the most that a grid of patches can score; 1 where the grid does not matter.
+        count: of what it is a mean: images, captions, phrases or words, or classes.
+    """
+
+    name: str
+    value: float
+    chance: float
+    ceiling: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        templates: prompts for the names of classes, each with a "{}"; open_clip's averages them.
+        background_threshold: cosine below which a pixel is background; None leaves that mIoU out.
+        nouns_and_adjectives: which words count for that form of K-Precision; None leaves it out.
+        threshold: sigma of the fine-grained loss, for the probe of image dependence; None is 1/P.
+        alignment: of the fine-grained loss, likewise.
+        fine_grained_scale: 1/tau of the fine-grained loss, likewise; None is the model's logit_scale.
+        batch_size: images at a time, and texts.
+        workers: processes that read images; 0 is none beside this one.
+        device: the model's.
+        input_dtype: of the images.
+        autocast: makes the context in which the model runs.
+    """
+
+    templates: Sequence[str] = open_clip.OPENAI_IMAGENET_TEMPLATES
+    background_threshold: float | None = None
+    nouns_and_adjectives: Callable[[str], bool] | Collection[str] | None = None
+    threshold: float | None = None
+    alignment: Alignment = "sparse"
+    fine_grained_scale: float | None = None
+    batch_size: int = 64
+    workers: int = 0
+    device: torch.device | str = "cpu"
+    input_dtype: torch.dtype = torch.float32
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, tokenizer: Any, data: EvaluationData, options: Options | None = None
+) -> tuple[list[Measure], ImageDependence | None]:
+    """Measure a model on a data set.
+
+    Args:
+        model: surfaced by `surface_embeddings`, with the `preprocess_cfg` that open_clip gives it; set to eval mode.
+        tokenizer: the model's own.
+        data: from `read_data`.
+        options: None is the defaults.
+
+    Returns:
+        The measures that the data allow; the image dependence, None with fewer than 2 images.
+
+    Raises:
+        DataError: an image or mask that cannot be read.
+    """
+    options = options or Options()
+    encoder = _Encoder(model.eval(), tokenizer, options)
+    text_features = encoder.texts(data.captions, "captions")
+    dense = _Dense(encoder, data, options)
+    image_features = []
+    for batch, images, whole, sizes in _image_batches(model, data, options):
+        image_features.append(encoder.pooled(images))
+        dense.add(batch, *encoder.patches(whole), sizes)
+    image_features = torch.cat(image_features)
+    measures = [
+        *_retrieval(image_features, text_features, data),
+        *_faithfulness(image_features, text_features, data, options),
+        *_hard_negatives(image_features, text_features, encoder, data),
+        *_classification(image_features, dense.class_features, data),
+        *dense.pointing(),
+        *dense.segmentation(),
+    ]
+    return measures, mean_image_dependence(dense.dependence) if dense.dependence else None
+
+
+class _Encoder:
+    """The model's embeddings, on the CPU in float32."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, options: Options) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+
+    def texts(self, texts: Sequence[str], name: str) -> Tensor:
+        """Pooled, normalised: [M, D]."""
+        return torch.cat([self._run(self.model.encode_text, ids, normalize=True) for ids in self._ids(texts, name)])
+
+    def tokens(self, texts: Sequence[str], name: str | None = None) -> tuple[Tensor, Tensor]:
+        """Token embeddings [M, L, D] and mask [M, L]."""
+        encoded = [self._run(self.model.encode_tokens, ids) for ids in self._ids(texts, name)]
+        return tuple(torch.cat(parts) for parts in zip(*encoded, strict=True))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        return self._run(self.model.encode_image, images.to(self.options.input_dtype), normalize=True)
+
+    def patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patch embeddings [B, P, D] and the grid."""
+        return self._run(self.model.encode_patches, images.to(self.options.input_dtype))
+
+    def classes(self, names: Sequence[str]) -> Tensor:
+        """Prompt ensembles, [C, D]."""
+        with self.options.autocast():
+            weights = open_clip.build_zero_shot_classifier(
+                self.model,
+                self.tokenizer,
+                names,
+                self.options.templates,
+                num_classes_per_batch=max(1, self.options.batch_size // len(self.options.templates)),
+                device=self.options.device,
+            )
+        return weights.T.float().cpu()
+
+    def _ids(self, texts: Sequence[str], name: str | None) -> Iterable[Tensor]:
+        starts = range(0, len(texts), self.options.batch_size)
+        for start in tqdm(starts, desc=name, unit="batch", disable=name is None):
+            yield self.tokenizer(list(texts[start : start + self.options.batch_size]))
+
+    def _run(self, encode: Callable, inputs: Tensor, **options: Any) -> Any:
+        with self.options.autocast():
+            encoded = encode(inputs.to(self.options.device), **options)
+        if isinstance(encoded, Tensor):
+            return encoded.float().cpu()
+        features, other = encoded
+        return features.float().cpu(), other.cpu() if isinstance(other, Tensor) else other
+
+
+class _Dense:
+    """What needs patches, batch by batch, so that they are never all in memory."""
+
+    def __init__(self, encoder: _Encoder, data: EvaluationData, options: Options) -> None:
+        self.encoder, self.data, self.options = encoder, data, options
+        self.captions_of = data.captions_of()
+        self.dependence: list[ImageDependence] = []
+        scale = options.fine_grained_scale
+        self.scale = encoder.model.logit_scale.exp().float().cpu() if scale is None else scale
+        self.class_features = encoder.classes(data.classes) if data.classes else None
+        phrases = sorted({each.phrase for objects in data.objects for each in objects})
+        self.phrases = {phrase: index for index, phrase in enumerate(phrases)}
+        if phrases:
+            self.phrase_features = encoder.texts(phrases, "phrases")
+            features, mask = encoder.tokens(phrases, "phrases, tokens")
+            self.phrase_token_features = (features * mask.unsqueeze(-1)).sum(dim=1)  # a mean but for the length
+        self.games: dict[str, list[PointingGame]] = {"phrase": [], "phrase_tokens": [], "word": []}
+        self.totals: dict[tuple[str, str], Tensor] = {}
+
+    def add(
+        self, batch: Sequence[int], patches: Tensor, grid: tuple[int, int], sizes: Sequence[tuple[int, int]]
+    ) -> None:
+        """Take in the images `batch`, with their patches [B, P, D] and sizes in pixels."""
+        captions = [caption for image in batch for caption in self.captions_of[image]]
+        features, mask = self.encoder.tokens([self.data.captions[caption] for caption in captions])
+        rows = {caption: row for row, caption in enumerate(captions)}
+        first = [rows[self.captions_of[image][0]] for image in batch]
+        if len(batch) > 1 and mask[first].any():
+            self.dependence.append(
+                image_dependence(
+                    patches,
+                    features[first],
+                    mask[first],
+                    self.scale,
+                    threshold=self.options.threshold,
+                    alignment=self.options.alignment,
+                )
+            )
+        for image, image_patches, size in zip(batch, patches, sizes, strict=True):
+            for caption in self.captions_of[image]:
+                self._point(caption, features[rows[caption]], image_patches, grid, size)
+            if self.data.masks[image] is not None:
+                self._segment(read_mask(self.data.masks[image], size, len(self.data.classes)), image_patches, grid)
+
+    def pointing(self) -> list[Measure]:
+        return [
+            Measure(
+                f"{name}_pointing",
+                *(torch.cat(values).float().mean().item() for values in zip(*games, strict=True)),
+                count=len(games),
+            )
+            for name, games in self.games.items()
+            if games
+        ]
+
+    def segmentation(self) -> list[Measure]:
+        measures = []
+        for name in dict.fromkeys(name for name, _ in self.totals):
+            background = name == "mean_iou_with_background"
+            scores = [
+                mean_iou(*self.totals[name, kind], background=background) for kind in ("value", "chance", "ceiling")
+            ]
+            unions = self.totals[name, "value"][1]
+            count = int(((unions if background else unions[:-1]) > 0).sum())
+            measures.append(Measure(name, *scores, count=count))
+        return measures
+
+    def _point(
+        self, caption: int, token_features: Tensor, patches: Tensor, grid: tuple[int, int], size: tuple[int, int]
+    ) -> None:
+        objects = self.data.objects[caption]
+        if any(each.words for each in objects):
+            positions = word_positions(self.encoder.tokenizer, self.data.captions[caption])
+        unit = F.normalize(patches, dim=-1)
+        for each in objects:
+            box = box_masks(torch.tensor([each.box]), *size)
+            index = self.phrases[each.phrase]
+            for name, features in (("phrase", self.phrase_features), ("phrase_tokens", self.phrase_token_features)):
+                self.games[name].append(pointing_game((unit @ features[index])[None], grid, box))
+            for word in each.words:
+                if positions[word]:
+                    embedding = token_features[positions[word]].mean(dim=0)
+                    similarity = token_patch_similarity(embedding[None, None], patches[None])[0]
+                    self.games["word"].append(pointing_game(similarity, grid, box))
+
+    def _segment(self, target: Tensor, patches: Tensor, grid: tuple[int, int]) -> None:
+        count = len(self.data.classes)
+        present = [label for label in target.unique().tolist() if label not in (BACKGROUND, IGNORED)]
+        if not present:
+            return
+        labels, scores = segment(patches, self.class_features, grid, tuple(target.shape), present=present)
+        variants = {"mean_iou_of_objects": (labels, False), "mean_iou": (labels, False)}
+        if self.options.background_threshold is not None:
+            with_background = labels.masked_fill(scores < self.options.background_threshold, BACKGROUND)
+            variants["mean_iou_with_background"] = (with_background, True)
+        kept = target != IGNORED
+        for name, (predicted, background) in variants.items():
+            ignore = BACKGROUND if name == "mean_iou_of_objects" else None
+            best = majority_segmentation(target, grid, count, background=background, ignore=IGNORED)
+            totals = {
+                "value": intersection_and_union(predicted[kept], target[kept], count, ignore),
+                "chance": random_intersection_and_union(
+                    target[kept], count, present, background=background, ignore=ignore
+                ),
+                "ceiling": intersection_and_union(best[kept], target[kept], count, ignore),
+            }
+            for kind, total in totals.items():
+                self.totals[name, kind] = self.totals.get((name, kind), 0) + torch.stack(total)
+
+
+def _retrieval(image_features: Tensor, text_features: Tensor, data: EvaluationData) -> list[Measure]:
+    images, captions = len(image_features), len(text_features)
+    right = [len(own) for own in data.captions_of()]
+    measures = {"image_to_text": [], "text_to_image": []}
+    for k in (1, 5, 10):
+        if k > images:
+            break
+        recall = recall_at_k(image_features, text_features, k, torch.tensor(data.image_index))
+        chance = sum(recall_chance(captions, k, number) for number in right) / images
+        measures["image_to_text"].append(Measure(f"image_to_text_R@{k}", recall.image_to_text, chance, 1.0, images))
+        chance = recall_chance(images, k)
+        measures["text_to_image"].append(Measure(f"text_to_image_R@{k}", recall.text_to_image, chance, 1.0, captions))
+    return [*measures["image_to_text"], *measures["text_to_image"]]
+
+
+def _faithfulness(
+    image_features: Tensor, text_features: Tensor, data: EvaluationData, options: Options
+) -> list[Measure]:
+    image_index = torch.tensor(data.image_index)
+    retrieved = nearest_captions(image_features, text_features, image_index)
+    forms = {"k_precision": None, "k_precision_of_nouns_and_adjectives": options.nouns_and_adjectives}
+    measures = []
+    for name, counts in forms.items():
+        if name != "k_precision" and counts is None:
+            continue
+        result = k_precision(data.captions, retrieved, image_index, counts)
+        count = int((~result.precision.isnan()).sum())
+        if count:
+            value, chance = (values.nanmean().item() for values in result)
+            measures.append(Measure(name, value, chance, 1.0, count))
+    return measures
+
+
+def _hard_negatives(
+    image_features: Tensor, text_features: Tensor, encoder: _Encoder, data: EvaluationData
+) -> list[Measure]:
+    pairs = [(caption, text) for caption, text in enumerate(data.hard_negatives) if text is not None]
+    if not pairs:
+        return []
+    captions = [caption for caption, _ in pairs]
+    negatives = encoder.texts([text for _, text in pairs], "hard negatives")
+    images = image_features[[data.image_index[caption] for caption in captions]]
+    accuracy = hard_negative_accuracy(images, text_features[captions], negatives)
+    return [Measure("hard_negative_accuracy", accuracy, HARD_NEGATIVE_CHANCE, 1.0, len(pairs))]
+
+
+def _classification(image_features: Tensor, class_features: Tensor | None, data: EvaluationData) -> list[Measure]:
+    labelled = [image for image, label in enumerate(data.labels) if label is not None]
+    if not labelled:
+        return []
+    target = torch.tensor([data.labels[image] for image in labelled])
+    count = len(class_features)
+    return [
+        Measure(
+            f"zero_shot_top{k}",
+            top_k_accuracy(image_features[labelled], class_features, target, k),
+            recall_chance(count, k),
+            1.0,
+            len(labelled),
+        )
+        for k in (1, 5)
+        if k <= count
+    ]
+
+
+class _Images(Dataset):
+    def __init__(self, model: nn.Module, data: EvaluationData) -> None:
+        config = model.visual.preprocess_cfg
+        self.paths = data.images
+        self.preprocess = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        self.squash = image_transform_v2(PreprocessCfg(**{**config, "resize_mode": "squash"}), is_train=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, tuple[int, int]] | DataError:
+        try:
+            image = read_image(self.paths[index])
+        except DataError as error:
+            return error  # raised in a worker, it would come out with the worker's traceback for a message
+        return index, self.preprocess(image), self.squash(image), (image.height, image.width)
+
+
+def _image_batches(
+    model: nn.Module, data: EvaluationData, options: Options
+) -> Iterable[tuple[tuple[int, ...], Tensor, Tensor, tuple[tuple[int, int], ...]]]:
+    loader = DataLoader(
+        _Images(model, data), batch_size=options.batch_size, num_workers=options.workers, collate_fn=list
+    )
+    for items in tqdm(loader, desc="images", unit="batch"):
+        for item in items:
+            if isinstance(item, DataError):
+                raise item
+        indices, images, whole, sizes = zip(*items, strict=True)
+        yield indices, torch.stack(images), torch.stack(whole), sizes

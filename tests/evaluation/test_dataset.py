@@ -1,0 +1,213 @@
+"""The CSV of images, captions, boxes, masks, labels and hard negatives, and what is refused of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparc_loss.evaluation import BACKGROUND
+from sparc_loss.evaluation.dataset import IGNORED, DataError, NamedObject, read_data, read_image, read_lines, read_mask
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with two images and a mask in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.png", "two.png", "mask.png"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def write(folder, *lines):
+    path = folder / "data.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def boxes(*objects):
+    """A field of a CSV with commas in it."""
+    return '"' + json.dumps(objects).replace('"', '""') + '"'
+
+
+def test_open_clips_own_csv(folder):
+    data = read_data(write(folder, "filepath\ttitle", "one.png\ta red, tiny seven", "two.png\t"))
+    assert [path.name for path in data.images] == ["one.png", "two.png"]
+    assert data.captions == ["a red, tiny seven", ""]
+    assert data.image_index == [0, 1]
+    assert data.objects == [(), ()]
+    assert data.masks == data.labels == data.hard_negatives == [None, None]
+
+
+def test_commas_where_the_first_line_has_no_tab(folder):
+    data = read_data(write(folder, "title,filepath", '"red, tiny",one.png'))
+    assert data.captions == ["red, tiny"]
+
+
+def test_a_separator_and_columns_by_name(folder):
+    path = write(folder, "url;text;title", "one.png;a dog;no")
+    assert read_data(path, separator=";", image_key="url", caption_key="text").captions == ["a dog"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(folder):
+    assert read_data(write(folder, "\ufefffilepath,title", "one.png,a dog")).captions == ["a dog"]
+
+
+def test_rows_of_one_file_are_captions_of_one_image(folder):
+    data = read_data(write(folder, "filepath,title", "one.png,a", "two.png,b", "one.png,c"))
+    assert data.image_index == [0, 1, 0]
+    assert data.captions_of() == [[0, 2], [1]]
+
+
+def test_all_columns(folder):
+    field = boxes({"phrase": "a red seven", "box": [1, 2, 3.5, 4], "words": [0, 1]})
+    path = write(
+        folder,
+        "filepath,title,boxes,mask,label,hard_negative",
+        f"one.png,red seven,{field},mask.png,star,blue seven",
+        "one.png,a star,,,,",
+    )
+    data = read_data(path, ["seven", "star"])
+    assert data.objects == [(NamedObject("a red seven", (1, 2, 3.5, 4), (0, 1)),), ()]
+    assert [mask.name for mask in data.masks] == ["mask.png"]
+    assert data.labels == [1]
+    assert data.hard_negatives == ["blue seven", None]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["path,title", "one.png,a"], "has the columns path, title; expected filepath among them"),
+        ([""], "has the columns none; expected filepath among them"),
+        (["filepath,title"], "has no row; expected at least one image"),
+        (["filepath,title", "one.png,a", "three.png,b"], "line 3: there is no file 'three.png'"),
+        (["filepath,title", "one.png"], "line 2: it has more or fewer fields than the first line"),
+        (["filepath,title", "one.png,a,b"], "line 2: it has more or fewer fields than the first line"),
+        (["filepath,title", 'one.png,"a'], "cannot be read: unexpected end of data"),
+        (["filepath,title,mask", "one.png,a,no.png"], "line 2: there is no file 'no.png'"),
+        (["filepath,title,label", "one.png,a,moon"], "line 2: label is 'moon'; expected one of the 2 classes"),
+        (
+            ["filepath,title,label", "one.png,a,star", "one.png,b,seven"],
+            "line 3: label differs from that of an earlier row; expected one label for one.png",
+        ),
+        (
+            ["filepath,title,mask", "one.png,a,mask.png", "one.png,b,two.png"],
+            "line 3: mask differs from that of an earlier row; expected one mask for one.png",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_file_and_line(folder, lines, message):
+    path = write(folder, *lines)
+    with pytest.raises(DataError) as error:
+        read_data(path, ["seven", "star"])
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("objects", "reason"),
+    [
+        ([{"phrase": "a", "box": [0, 0, 0, 1]}], "a box is empty"),
+        ([{"phrase": "a", "box": [0, 2, 1, 1]}], "a box is empty"),
+        ([{"phrase": "a", "box": [0, 0, 1]}], "not enough values"),
+        ([{"phrase": "a", "box": [0, 0, 1, float("nan")]}], "a box is empty"),
+        ([{"phrase": " ", "box": [0, 0, 1, 1]}], "a phrase is not a text"),
+        ([{"box": [0, 0, 1, 1]}], "KeyError: 'phrase'"),
+        ([{"phrase": "a", "box": [0, 0, 1, 1], "words": [2]}], "words are not positions in title.split(), 0 to 1"),
+        ([{"phrase": "a", "box": [0, 0, 1, 1], "words": [True]}], "words are not positions"),
+        ([{"phrase": "a", "box": [0, 0, 1, 1], "word": [0]}], "an unknown key"),
+        ([7], "TypeError"),
+    ],
+)
+def test_boxes_that_cannot_be_read_are_refused(folder, objects, reason):
+    path = write(folder, "filepath,title,boxes", f"one.png,red seven,{boxes(*objects)}")
+    with pytest.raises(DataError) as error:
+        read_data(path)
+    assert "line 2: boxes is '[" in str(error.value)
+    assert reason in str(error.value)
+    assert "expected a JSON list of" in str(error.value)
+
+
+def test_boxes_that_are_no_json_are_refused(folder):
+    with pytest.raises(DataError, match=r"line 2: boxes is '1 2 3 4' \(JSONDecodeError"):
+        read_data(write(folder, "filepath,title,boxes", "one.png,a,1 2 3 4"))
+
+
+@pytest.mark.parametrize("column", ["mask", "label"])
+def test_masks_and_labels_need_the_names_of_the_classes(folder, column):
+    path = write(folder, f"filepath,title,{column}", "one.png,a,mask.png")
+    with pytest.raises(
+        DataError, match=f"has a column {column}; expected the names of the classes with it .--classes"
+    ):
+        read_data(path)
+
+
+def test_a_missing_csv_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"none\.csv cannot be read: .*No such file"):
+        read_data(tmp_path / "none.csv")
+
+
+def test_a_csv_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "binary.csv").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(DataError, match=r"binary\.csv cannot be read: 'utf-8' codec"):
+        read_data(tmp_path / "binary.csv")
+
+
+def test_lines_of_a_file(tmp_path):
+    (tmp_path / "classes.txt").write_text("seven\n a star \n")
+    assert read_lines(tmp_path / "classes.txt") == ["seven", "a star"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "it is empty"), ("a\n\nb\n", "line 2 is empty"), ("a\nb\na\n", "has 'a' twice; expected different lines")],
+)
+def test_lines_that_name_nothing_or_the_same_are_refused(tmp_path, text, message):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_lines(tmp_path / "classes.txt")
+
+
+def test_a_file_that_is_no_image_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match=r"text\.png cannot be read as an image: cannot identify"):
+        read_image(tmp_path / "text.png")
+
+
+def test_an_image_cut_short_is_refused(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"cut\.png cannot be read as an image"):
+        read_image(tmp_path / "cut.png")
+
+
+def mask(folder, values, mode="L"):
+    Image.fromarray(np.array(values, np.uint8)).convert(mode).save(folder / "mask.png")
+    return folder / "mask.png"
+
+
+def test_the_values_of_a_mask(tmp_path):
+    target = read_mask(mask(tmp_path, [[0, 1, 2], [255, 2, 0]]), (2, 3), 2)
+    assert target.dtype == torch.long
+    assert target.tolist() == [[BACKGROUND, 0, 1], [IGNORED, 1, BACKGROUND]]
+
+
+def test_a_mask_with_a_palette_has_the_palettes_indices(tmp_path):
+    picture = Image.fromarray(np.array([[0, 2]], np.uint8), mode="P")
+    picture.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0])
+    picture.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", (1, 2), 2).tolist() == [[BACKGROUND, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "message"),
+    [
+        ([[0, 3]], "L", r"has the value 3; expected 0 to 2 \(background, classes\) or 255"),
+        ([[0], [1]], "L", r"is \[2, 1\], its image \[1, 2\]; expected the same height and width"),
+        ([[0, 1]], "RGB", "has mode RGB; expected 8 bits a pixel, grey or palette"),
+    ],
+)
+def test_a_mask_of_something_else_is_refused(tmp_path, values, mode, message):
+    with pytest.raises(DataError, match=message):
+        read_mask(mask(tmp_path, values, mode), (1, 2), 2)

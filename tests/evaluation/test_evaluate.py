@@ -1,0 +1,189 @@
+"""Every measure of a data set, of a model that sees colours and nothing else: what it scores is known beforehand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from einops import reduce
+from PIL import Image
+
+from sparc_loss.evaluation.dataset import DataError, EvaluationData, NamedObject
+from sparc_loss.evaluation.evaluate import Options, evaluate
+
+WORDS = ("<start>", "<end>", "a", "red", "green", "blue", "and", "left", "of")
+COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+# Left to right over an image of 48 x 96, its lowest sixth left black.
+STRIPES = ("red", "green", "blue")
+
+
+class ColourTokenizer:
+    """A token per word."""
+
+    sot_token_id, eot_token_id = 0, 1
+
+    def __call__(self, texts):
+        ids = torch.ones(len(texts), 12, dtype=torch.long)
+        for row, text in enumerate(texts):
+            words = [WORDS.index(word) for word in text.split()]
+            ids[row, : len(words) + 1] = torch.tensor([0, *words])
+        return ids
+
+
+class ColourModel(torch.nn.Module):
+    """A patch is its mean colour and how black it is, a word the colour it names, a text the sum of its words."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
+        config = dict(size=24, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="shortest")
+        self.visual = SimpleNamespace(preprocess_cfg=config)
+
+    def encode_patches(self, images):
+        colours = reduce(images, "b c (h i) (w j) -> b (h w) c", "mean", i=4, j=4)
+        return _with_black(colours), (6, 6)
+
+    def encode_image(self, images, normalize):
+        return torch.nn.functional.normalize(_with_black(images.mean(dim=(2, 3))), dim=-1)
+
+    def encode_tokens(self, texts):
+        colours = torch.tensor([(*COLOURS.get(word, (0.0, 0, 0)), 0.0) for word in WORDS])
+        return colours[texts], texts > 1
+
+    def encode_text(self, texts, normalize):
+        return torch.nn.functional.normalize(self.encode_tokens(texts)[0].sum(dim=1), dim=-1)
+
+
+def _with_black(colours):
+    return torch.cat([colours, 1 - colours.amax(dim=-1, keepdim=True)], dim=-1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two images of three stripes each, the second mirrored, with everything known of them."""
+    folder = tmp_path_factory.mktemp("stripes")
+    data = EvaluationData(list(STRIPES))
+    for number, stripes in enumerate((STRIPES, STRIPES[::-1])):
+        pixels, mask = np.zeros((48, 96, 3), np.uint8), np.zeros((48, 96), np.uint8)
+        objects = []
+        for index, colour in enumerate(stripes):
+            box = (32 * index, 0, 32 * index + 32, 40)
+            pixels[:40, box[0] : box[2]] = 255 * np.array(COLOURS[colour])
+            mask[:40, box[0] : box[2]] = STRIPES.index(colour) + 1
+            objects.append(NamedObject(f"a {colour}", box, (3 * index + 1,)))
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        Image.fromarray(mask).save(folder / f"{number}-mask.png")
+        data.images.append(folder / f"{number}.png")
+        data.masks.append(folder / f"{number}-mask.png")
+        data.labels.append(STRIPES.index("green"))
+        for caption in (" and ".join(f"a {colour}" for colour in stripes), "a green"):
+            data.captions.append(caption)
+            data.image_index.append(number)
+            data.objects.append(tuple(objects) if "red" in caption else ())
+            data.hard_negatives.append("a red" if caption == "a green" else None)
+    return data
+
+
+@pytest.fixture(scope="module")
+def measured(data):
+    options = Options(
+        templates=["a {}", "{}"], background_threshold=0.5, nouns_and_adjectives=set(COLOURS), batch_size=2
+    )
+    measures, dependence = evaluate(ColourModel(), ColourTokenizer(), data, options)
+    return {each.name: each for each in measures}, dependence
+
+
+def test_the_measures_that_the_data_allow(measured):
+    assert list(measured[0]) == [
+        "image_to_text_R@1",
+        "text_to_image_R@1",
+        "k_precision",
+        "k_precision_of_nouns_and_adjectives",
+        "hard_negative_accuracy",
+        "zero_shot_top1",
+        "phrase_pointing",
+        "phrase_tokens_pointing",
+        "word_pointing",
+        "mean_iou_of_objects",
+        "mean_iou",
+        "mean_iou_with_background",
+    ]
+
+
+@pytest.mark.parametrize("name", ["phrase_pointing", "phrase_tokens_pointing", "word_pointing"])
+def test_boxes_lie_where_the_patches_of_the_whole_image_are(measured, name):
+    # The model's own preprocessing would cut the outer stripes off. A box has 2 x 5 of the 6 x 6 centres.
+    assert measured[0][name][1:] == (1, pytest.approx(10 / 36), 1, 6)
+
+
+def test_masks_lie_where_the_patches_of_the_whole_image_are(measured):
+    assert measured[0]["mean_iou_of_objects"][1:] == (1, pytest.approx(1 / 5), 1, 3)
+
+
+def test_background_is_a_class_of_its_own_above_the_threshold(measured):
+    # Not quite 1: where two stripes and the black meet, interpolation leaves none of them half a cosine.
+    assert measured[0]["mean_iou_with_background"].value == pytest.approx(1, abs=0.03)
+    assert measured[0]["mean_iou_with_background"][3:] == (1, 4)
+
+
+def test_without_background_its_pixels_count_against_the_classes(measured):
+    # The black sixth is given to a class in any case, and every class has as much of it at best.
+    assert measured[0]["mean_iou"].ceiling < 1
+    assert measured[0]["mean_iou"].value < 1
+    # Drawn from three classes: a third of its 1280 pixels right, over 1280 + a third of the other 3328.
+    assert measured[0]["mean_iou"].chance == pytest.approx((1280 / 3) / (1280 + 3328 / 3))
+
+
+def test_pooled_features_see_what_the_models_own_preprocessing_shows(measured):
+    # The middle of the image is mostly green; the whole of it has as much red and blue.
+    assert measured[0]["zero_shot_top1"] == ("zero_shot_top1", 1, pytest.approx(1 / 3), 1, 2)
+
+
+def test_hard_negatives_are_scored_where_there_are_some(measured):
+    assert measured[0]["hard_negative_accuracy"] == ("hard_negative_accuracy", 1, 0.5, 1, 2)
+
+
+def test_captions_that_tie_find_nothing(measured):
+    # Both images have the caption "a green", which is nearest to both.
+    assert measured[0]["image_to_text_R@1"] == ("image_to_text_R@1", 0, 0.5, 1, 2)
+    assert measured[0]["text_to_image_R@1"] == ("text_to_image_R@1", 0, 0.5, 1, 4)
+
+
+def test_faithfulness_of_the_nearest_caption(measured):
+    # "a green" of the other image: all of it is true.
+    assert measured[0]["k_precision"] == ("k_precision", 1, 1, 1, 2)
+    assert measured[0]["k_precision_of_nouns_and_adjectives"].value == 1
+
+
+def test_a_model_that_knows_colours_needs_no_image_where_all_have_the_same(measured):
+    dependence = measured[1]
+    assert dependence.tokens == 2 * 8
+    assert dependence.shuffled_gap.loss == pytest.approx(0, abs=1e-3)
+
+
+def test_batches_do_not_show(data, measured):
+    options = Options(
+        templates=["a {}", "{}"], background_threshold=0.5, nouns_and_adjectives=set(COLOURS), batch_size=1
+    )
+    measures, dependence = evaluate(ColourModel(), ColourTokenizer(), data, options)
+    for each in measures:
+        assert each[1:] == pytest.approx(measured[0][each.name][1:])
+    assert dependence is None  # no batch has a second image
+
+
+def test_images_and_captions_alone_allow_retrieval_faithfulness_and_the_probe(data):
+    bare = EvaluationData(
+        [], data.images, data.captions, data.image_index, [()] * 4, [None] * 4, [None] * 2, [None] * 2
+    )
+    measures, dependence = evaluate(ColourModel(), ColourTokenizer(), bare)
+    assert [each.name for each in measures] == ["image_to_text_R@1", "text_to_image_R@1", "k_precision"]
+    assert dependence is not None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_refused_by_name(data, tmp_path, workers):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(data.images[0].read_bytes()[:60])
+    bare = EvaluationData([], [broken], ["a red"], [0], [()], [None], [None], [None])
+    with pytest.raises(DataError, match=r"^\S*broken\.png cannot be read as an image"):
+        evaluate(ColourModel(), ColourTokenizer(), bare, Options(workers=workers))
