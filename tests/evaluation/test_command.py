@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ from PIL import Image
 from sparc_loss import cli
 from sparc_loss.evaluation import command
 
+# What the console script runs.
+SCRIPT = "import sys; from sparc_loss import cli; sys.exit(cli.main())"
 CLASSES = ("red", "green", "blue", "yellow")
 
 
@@ -92,9 +93,8 @@ def test_a_checkpoint_of_ours_as_a_real_process(folder):
     output = folder / "out.json"
     checkpoint = trained(folder, "sparc", SPARC)
     options = {"model": f"local-dir:{folder / 'model'}", "pretrained": checkpoint, **every_measure(folder)}
-    script = "import sys; from sparc_loss import cli; sys.exit(cli.main())"
     arguments = flags(folder, "annotated.csv", output=output, **options)
-    finished = run_python("-c", script, "evaluate", *arguments)
+    finished = run_python("-c", SCRIPT, "evaluate", *arguments)
     assert finished.returncode == 0, finished.stdout
     record = json.loads(output.read_text())
     # Of 8 images and 4 classes there is no recall at 10 and no top 5.
@@ -264,10 +264,12 @@ def test_a_prompt_without_its_one_place_for_the_class_is_refused(folder, capsys,
     assert f"has the prompt {prompt!r}; expected one {{}} in each line, for the class" in line
 
 
-def test_without_open_clip_the_error_names_the_install_command(folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    line = refusal(capsys, *flags(folder))
-    assert "open_clip cannot be imported" in line
+def test_without_open_clip_the_error_names_the_install_command(folder):
+    script = "import sys; sys.modules.update(dict.fromkeys(['open_clip', 'PIL', 'numpy', 'tqdm'])); " + SCRIPT
+    finished = run_python("-c", script, "evaluate", *flags(folder))
+    assert finished.returncode == 2
+    line = finished.stdout.splitlines()[-1]
+    assert line.startswith("sparc-loss evaluate: error: open_clip cannot be imported (")
     assert "pip install 'sparc-loss[train]'" in line
 
 

@@ -180,6 +180,25 @@ def test_images_and_captions_alone_allow_retrieval_faithfulness_and_the_probe(da
     assert dependence is not None
 
 
+def test_images_keep_their_own_figures_in_whatever_order_they_are_met(tmp_path):
+    many = EvaluationData(list(STRIPES))
+    for number in range(12):
+        colour = STRIPES[number % 3]
+        Image.new("RGB", (24, 24), tuple(int(255 * part) for part in COLOURS[colour])).save(tmp_path / f"{number}.png")
+        Image.new("L", (24, 24), 1 + number % 3).save(tmp_path / f"{number}-mask.png")
+        many.images.append(tmp_path / f"{number}.png")
+        many.masks.append(tmp_path / f"{number}-mask.png")
+        many.labels.append(number % 3)
+        many.captions.append(f"a {colour}")
+        many.image_index.append(number)
+        many.objects.append(())
+        many.hard_negatives.append(f"a {STRIPES[number % 3 - 1]}")
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), many, Options(templates=["{}"], batch_size=5))
+    values = {each.name: each.value for each in measures}
+    names = ("zero_shot_top1", "hard_negative_accuracy", "k_precision", "mean_iou_of_objects")
+    assert [values[name] for name in names] == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_refused_by_name(data, tmp_path, workers):
     broken = tmp_path / "broken.png"

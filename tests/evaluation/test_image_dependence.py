@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparc_loss.evaluation import image_dependence, mean_image_dependence
-from sparc_loss.functional import fine_grained_loss
+from sparc_loss.functional import alignment_weights, fine_grained_loss
 
 BATCH, WORDS = 4, 3
 MASK = torch.ones(BATCH, WORDS, dtype=torch.bool)
@@ -94,6 +94,33 @@ def test_accuracies_by_hand():
     assert right.token_accuracy == pytest.approx(1 / 3)
     # The group at 0 is nearest to the word at 0, which is its own; the group of the word at 30 is the same: a miss.
     assert right.group_accuracy == pytest.approx(2 / 3)
+
+
+def test_accuracies_of_a_loop_over_single_tokens():
+    patches, tokens, mask = torch.randn(6, 9, 4), torch.randn(6, 7, 4), torch.rand(6, 7) < 0.6
+    probe = image_dependence(patches, tokens, mask, SCALE, threshold=0.5)
+    found, finds = [], []
+    for image, caption, valid in zip(patches, tokens, mask, strict=True):
+        words = caption[valid]
+        weights = alignment_weights((words @ image.T)[None], threshold=0.5)[0]
+        groups = [sum(weight * patch for weight, patch in zip(row, image, strict=True)) for row in weights]
+        for own, word in enumerate(words):
+            cosines = [torch.cosine_similarity(word, group, dim=0).item() for group in groups]
+            found.append(cosines.index(max(cosines)) == own)
+            cosines = [torch.cosine_similarity(groups[own], other, dim=0).item() for other in words]
+            finds.append(cosines.index(max(cosines)) == own)
+    assert probe.right.token_accuracy == pytest.approx(sum(found) / len(found))
+    assert probe.right.group_accuracy == pytest.approx(sum(finds) / len(finds))
+    assert 0 < sum(finds) < len(finds)
+
+
+def test_the_order_of_tokens_and_of_patches_does_not_matter():
+    patches, tokens, mask = torch.randn(6, 9, 4), torch.randn(6, 7, 4), torch.rand(6, 7) < 0.6
+    probe = image_dependence(patches, tokens, mask, SCALE)
+    places, positions = torch.randperm(9), torch.randperm(7)
+    other = image_dependence(patches[:, places], tokens[:, positions], mask[:, positions], SCALE)
+    for name in ("right", "shuffled", "constant"):
+        assert getattr(other, name) == pytest.approx(getattr(probe, name), rel=1e-4)
 
 
 def test_padding_is_no_candidate():

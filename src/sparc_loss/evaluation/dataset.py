@@ -16,14 +16,15 @@ import csv
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sparc_loss.evaluation.segmentation import BACKGROUND
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # In the tensors that `read_mask` returns; no class of a mask of 8 bits.
 IGNORED = 255
@@ -147,12 +148,14 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path) -> "Image.Image":
     """The image, decoded.
 
     Raises:
         DataError: it cannot be read.
     """
+    from PIL import Image  # comes with open_clip, without which the command still says what it lacks
+
     try:
         image = Image.open(path)
         image.load()
@@ -172,6 +175,8 @@ def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Tensor:
     Raises:
         DataError: it cannot be read, has another size or more than 8 bits, or a value that is no class.
     """
+    import numpy as np
+
     picture = read_image(path)
     if picture.mode not in ("L", "P", "1"):
         raise DataError(f"{path} has mode {picture.mode}; expected 8 bits a pixel, grey or palette")

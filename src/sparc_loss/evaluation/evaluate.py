@@ -98,7 +98,9 @@ def evaluate(
         options: None is the defaults.
 
     Returns:
-        The measures that the data allow; the image dependence, None with fewer than 2 images.
+        The measures that the data allow.
+        The image dependence, over the first caption of each image; a last batch of one image is left out, and it is
+        None where there is no other.
 
     Raises:
         DataError: an image or mask that cannot be read.
@@ -107,11 +109,10 @@ def evaluate(
     encoder = _Encoder(model.eval(), tokenizer, options)
     text_features = encoder.texts(data.captions, "captions")
     dense = _Dense(encoder, data, options)
-    image_features = []
+    image_features = text_features.new_empty(len(data.images), text_features.shape[1])
     for batch, images, whole, sizes in _image_batches(model, data, options):
-        image_features.append(encoder.pooled(images))
+        image_features[list(batch)] = encoder.pooled(images)
         dense.add(batch, *encoder.patches(whole), sizes)
-    image_features = torch.cat(image_features)
     measures = [
         *_retrieval(image_features, text_features, data),
         *_faithfulness(image_features, text_features, data, options),
@@ -368,8 +369,14 @@ class _Images(Dataset):
 def _image_batches(
     model: nn.Module, data: EvaluationData, options: Options
 ) -> Iterable[tuple[tuple[int, ...], Tensor, Tensor, tuple[tuple[int, int], ...]]]:
+    # In a random order, always the same: neighbours in a file may resemble each other, and the probe swaps images.
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0)).tolist()
     loader = DataLoader(
-        _Images(model, data), batch_size=options.batch_size, num_workers=options.workers, collate_fn=list
+        _Images(model, data),
+        batch_size=options.batch_size,
+        sampler=order,
+        num_workers=options.workers,
+        collate_fn=list,
     )
     for items in tqdm(loader, desc="images", unit="batch"):
         for item in items:

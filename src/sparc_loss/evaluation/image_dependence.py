@@ -78,7 +78,8 @@ def image_dependence(
 ) -> ImageDependence:
     """Measure a batch with right, shuffled and constant images.
 
-    Shuffled is the next row's image, so the result depends on nothing but the batch. Constant is no image of zeros or
+    Shuffled is the next row's image, so the result depends on nothing but the batch; let its rows be in no order that
+    makes neighbours alike. Constant is no image of zeros or
     of one colour: with equal patches every group is the same and all is chance by construction. The mean of the other
     images has a patch for every place and nothing of the caption's own image. A tie is a miss: groups that are all
     the same match no token. (In a caption of one token there is nothing to mistake; `chance` says so.)

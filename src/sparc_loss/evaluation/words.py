@@ -1,4 +1,4 @@
-"""Which token embeddings are those of a word of a caption."""
+"""Which token embeddings are those of a word of a caption. Importing this imports open_clip."""
 
 from collections.abc import Callable
 
