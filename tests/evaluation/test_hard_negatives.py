@@ -66,6 +66,10 @@ def test_an_article_before_one_of_them_alone_stays():
     assert swap_words("an orange seven and two red stars", 1, 5) == "an red seven and two orange stars"
 
 
+def test_the_last_word_does_not_stand_before_the_first():
+    assert swap_words("red seven and a blue one or an", 0, 4) == "blue seven and a red one or an"
+
+
 @pytest.mark.parametrize(("first", "second", "name"), [(3, 0, "first"), (0, -1, "second")])
 def test_a_word_outside_the_caption_is_refused(first, second, name):
     with pytest.raises(ValueError, match=f"{name} is .*; expected a word of the caption, 0 to 2"):
