@@ -10,11 +10,14 @@ from PIL import Image
 
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, NamedObject
 from sparc_loss.evaluation.evaluate import Options, evaluate
+from sparc_loss.functional import fine_grained_loss
 
-WORDS = ("<start>", "<end>", "a", "red", "green", "blue", "and", "left", "of")
-COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+WORDS = ("<start>", "<end>", "a", "red", "green", "blue", "yellow", "and")
+COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0), "yellow": (1.0, 1.0, 0)}
 # Left to right over an image of 48 x 96, its lowest sixth left black.
 STRIPES = ("red", "green", "blue")
+# One more than there is to see, which the border between red and green resembles most.
+CLASSES = (*STRIPES, "yellow")
 
 
 class ColourTokenizer:
@@ -62,7 +65,7 @@ def _with_black(colours):
 def data(tmp_path_factory):
     """Two images of three stripes each, the second mirrored, with everything known of them."""
     folder = tmp_path_factory.mktemp("stripes")
-    data = EvaluationData(list(STRIPES))
+    data = EvaluationData(list(CLASSES))
     for number, stripes in enumerate((STRIPES, STRIPES[::-1])):
         pixels, mask = np.zeros((48, 96, 3), np.uint8), np.zeros((48, 96), np.uint8)
         objects = []
@@ -130,13 +133,20 @@ def test_without_background_its_pixels_count_against_the_classes(measured):
     # The black sixth is given to a class in any case, and every class has as much of it at best.
     assert measured[0]["mean_iou"].ceiling < 1
     assert measured[0]["mean_iou"].value < 1
+    assert measured[0]["mean_iou"].count == 3
     # Drawn from three classes: a third of its 1280 pixels right, over 1280 + a third of the other 3328.
     assert measured[0]["mean_iou"].chance == pytest.approx((1280 / 3) / (1280 + 3328 / 3))
 
 
-def test_pooled_features_see_what_the_models_own_preprocessing_shows(measured):
-    # The middle of the image is mostly green; the whole of it has as much red and blue.
-    assert measured[0]["zero_shot_top1"] == ("zero_shot_top1", 1, pytest.approx(1 / 3), 1, 2)
+def test_pooled_features_see_what_the_models_own_preprocessing_shows(tmp_path):
+    # The middle square is green, the rest red: cut to a square the image is green, the whole of it mostly red.
+    pixels = np.zeros((24, 96, 3), np.uint8)
+    pixels[:] = 255 * np.array(COLOURS["red"])
+    pixels[:, 36:60] = 255 * np.array(COLOURS["green"])
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    wide = EvaluationData(list(STRIPES), [tmp_path / "wide.png"], ["a green"], [0], [()], [None], [None], [1])
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), wide, Options(templates=["a {}", "{}"]))
+    assert measures[-1] == ("zero_shot_top1", 1, pytest.approx(1 / 3), 1, 1)
 
 
 def test_hard_negatives_are_scored_where_there_are_some(measured):
@@ -157,6 +167,14 @@ def test_faithfulness_of_the_nearest_caption(measured):
 
 def test_a_model_that_knows_colours_needs_no_image_where_all_have_the_same(measured):
     dependence = measured[1]
+    stripes = [torch.tensor([(*COLOURS[colour], 0.0) for colour in order]) for order in (STRIPES, STRIPES[::-1])]
+    patches = torch.zeros(2, 6, 6, 4)
+    patches[..., 3] = 1
+    patches[:, :5] = torch.stack(stripes).repeat_interleave(2, dim=1)[:, None]
+    texts = ColourTokenizer()([" and ".join(f"a {colour}" for colour in order) for order in (STRIPES, STRIPES[::-1])])
+    tokens, mask = ColourModel().encode_tokens(texts)
+    loss = fine_grained_loss(patches.flatten(1, 2), tokens, mask, np.exp(3))
+    assert dependence.right.loss == pytest.approx(loss.item(), rel=0.02)
     assert dependence.tokens == 2 * 8
     assert dependence.shuffled_gap.loss == pytest.approx(0, abs=1e-3)
 
@@ -195,8 +213,39 @@ def test_images_keep_their_own_figures_in_whatever_order_they_are_met(tmp_path):
         many.hard_negatives.append(f"a {STRIPES[number % 3 - 1]}")
     measures, _ = evaluate(ColourModel(), ColourTokenizer(), many, Options(templates=["{}"], batch_size=5))
     values = {each.name: each.value for each in measures}
-    names = ("zero_shot_top1", "hard_negative_accuracy", "k_precision", "mean_iou_of_objects")
-    assert [values[name] for name in names] == [1, 1, 1, 1]
+    names = ("image_to_text_R@10", "zero_shot_top1", "hard_negative_accuracy", "k_precision", "mean_iou_of_objects")
+    assert [values[name] for name in names] == [1, 1, 1, 1, 1]
+
+
+def test_ignored_pixels_of_a_mask_count_nowhere(data, tmp_path):
+    # The third stripe is ignored, and there is no background.
+    Image.fromarray(np.asarray(Image.open(data.images[0]))[:40]).save(tmp_path / "stripes.png")
+    Image.fromarray(np.repeat(np.array([[1, 2, 255]], np.uint8), 32, axis=1).repeat(40, axis=0)).save(
+        tmp_path / "mask.png"
+    )
+    masked = EvaluationData(
+        list(CLASSES), [tmp_path / "stripes.png"], ["a red"], [0], [()], [None], [tmp_path / "mask.png"], [None]
+    )
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), masked, Options(templates=["{}"]))
+    assert [each[1:] for each in measures[-2:]] == [(1, pytest.approx(1 / 3), 1, 2)] * 2
+
+
+def test_the_probe_swaps_unlike_images_of_a_sorted_file(tmp_path):
+    # Six images of red and green, then six of blue and black, in batches of six.
+    data = EvaluationData([])
+    for number in range(12):
+        left, right = ("red", "green") if number < 6 else ("blue", None)
+        pixels = np.zeros((24, 24, 3), np.uint8)
+        pixels[:, :12] = 255 * np.array(COLOURS[left])
+        pixels[:, 12:] = 255 * np.array(COLOURS.get(right, (0, 0, 0)))
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        data.images.append(tmp_path / f"{number}.png")
+        data.captions.append("red green" if number < 6 else "blue")
+        data.image_index.append(number)
+        for field in (data.objects, data.hard_negatives, data.masks, data.labels):
+            field.append(() if field is data.objects else None)
+    _, dependence = evaluate(ColourModel(), ColourTokenizer(), data, Options(batch_size=6))
+    assert dependence.shuffled_gap.loss > 0.1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
