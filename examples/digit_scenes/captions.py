@@ -7,7 +7,7 @@ import numpy as np
 
 MIN_WORDS, MAX_WORDS = 6, 25
 
-_SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+SIZES_SAID = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _OPENINGS = ("", "", "a picture of", "an image with", "here we see", "in this scene there is", "look at")
 _CLOSINGS = ("", "", "", "on a noisy background", "on grainy paper", "in front of a cloudy wall")
 _VERBS = ("is", "is", "sits", "stands", "appears")
@@ -118,7 +118,7 @@ class _Teller:
         """Article, perhaps the size, nearly always the colour, the kind."""
         mention, words = self.mentions[number], []
         if self.rng.random() < _SIZE_SAID:
-            words.append(_Word(self.pick(_SIZES[mention.size]), number, "size"))
+            words.append(_Word(self.pick(SIZES_SAID[mention.size]), number, "size"))
         if self.rng.random() < _COLOUR_SAID:
             words.append(_Word(mention.colour, number, "colour"))
         words.append(_Word(mention.kind, number, "kind"))

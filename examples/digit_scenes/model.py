@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -24,9 +24,18 @@ from .folders import drafted
 from .scenes import IMAGE_SIZE
 
 CONTEXT_LENGTH = 32
+CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 
-_WIDTH, _HEAD_WIDTH, _PATCH_SIZE = 96, 32, 8
+_HEAD_WIDTH = 32
+_VISION = {
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+    "head_width": _HEAD_WIDTH,
+    "pool_type": "avg",
+    "final_ln_after_pool": True,
+}
+_MEAN_POOLED = {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
 _PAD, _UNKNOWN = "[PAD]", "[UNK]"
 # Mean and standard deviation of the scenes' pixels, all channels alike.
 _MEAN, _STD = 0.36, 0.16
@@ -34,10 +43,30 @@ _MEAN, _STD = 0.36, 0.16
 assert MAX_WORDS <= CONTEXT_LENGTH
 
 
-def write_model(folder: str | Path, captions: Iterable[str], seed: int = 0) -> Path:
-    """Write an untrained model, its tokenizer made from the words of `captions`.
+Pooling = Literal["mean", "last"]
+
+
+def write_model(
+    folder: str | Path,
+    captions: Iterable[str],
+    seed: int = 0,
+    *,
+    pooling: Pooling = "mean",
+    width: int = 96,
+    vision_layers: int = 2,
+) -> Path:
+    """Write an untrained model.
 
     The weights are in the folder: open_clip would otherwise look for pretrained ones of the text tower.
+
+    Args:
+        folder: must not exist.
+        captions: of whose words the tokenizer of the average-pooled text tower is made.
+        seed: of the weights.
+        pooling: of the text: "mean" is the small BERT; "last" is open_clip's own tower, of the same size, with its
+            end-of-text token and its tokenizer.
+        width: of both towers.
+        vision_layers: of the vision tower.
 
     Returns:
         The folder, absolute. Keep it where it is: its configuration names its own path.
@@ -46,10 +75,17 @@ def write_model(folder: str | Path, captions: Iterable[str], seed: int = 0) -> P
         FileExistsError: `folder` is there.
     """
     folder = Path(folder).resolve()
+    vision = _VISION | {"width": width, "layers": vision_layers}
     with drafted(folder) as draft:
-        vocabulary = _write_tokenizer(draft, captions)
-        _text_config(vocabulary).save_pretrained(draft)
-        config = _write_config(draft, folder)
+        if pooling == "mean":
+            vocabulary = _write_tokenizer(draft, captions)
+            _text_config(vocabulary, width).save_pretrained(draft)
+            text = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)} | _MEAN_POOLED
+        else:
+            text = {"width": width, "heads": width // _HEAD_WIDTH, "layers": 1}
+        text["context_length"] = CONTEXT_LENGTH
+        config = {"embed_dim": width, "vision_cfg": vision, "text_cfg": text}
+        _write_config(draft, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _build(config, draft)
@@ -77,7 +113,10 @@ def warm_start(folder: str | Path, model_folder: str | Path, checkpoint: str | P
         for file in Path(model_folder).iterdir():
             if file.name != WEIGHTS:
                 shutil.copy(file, draft)
-        _write_config(draft, folder)
+        config = json.loads((draft / CONFIG).read_text())["model_cfg"]
+        if "hf_model_name" in config["text_cfg"]:
+            config["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
+        _write_config(draft, config)
         _save_weights(load_state_dict(str(checkpoint)), draft)
     return folder
 
@@ -98,14 +137,14 @@ def _write_tokenizer(folder: Path, captions: Iterable[str]) -> int:
     return tokenizer.get_vocab_size()
 
 
-def _text_config(vocabulary: int) -> BertConfig:
+def _text_config(vocabulary: int, width: int) -> BertConfig:
     return BertConfig(
         vocab_size=vocabulary,
-        hidden_size=_WIDTH,
+        hidden_size=width,
         num_hidden_layers=1,
         is_decoder=True,
-        num_attention_heads=_WIDTH // _HEAD_WIDTH,
-        intermediate_size=4 * _WIDTH,
+        num_attention_heads=width // _HEAD_WIDTH,
+        intermediate_size=4 * width,
         max_position_embeddings=CONTEXT_LENGTH,
         type_vocab_size=1,
         pad_token_id=0,
@@ -115,37 +154,17 @@ def _text_config(vocabulary: int) -> BertConfig:
     )
 
 
-def _write_config(draft: Path, folder: Path) -> dict[str, Any]:
-    """Write the model's configuration into a draft, for the folder it will become; returns it."""
-    config = {
-        "model_cfg": {
-            "embed_dim": _WIDTH,
-            "vision_cfg": {
-                "image_size": IMAGE_SIZE,
-                "patch_size": _PATCH_SIZE,
-                "width": _WIDTH,
-                "head_width": _HEAD_WIDTH,
-                "layers": 2,
-                "pool_type": "avg",
-                "final_ln_after_pool": True,
-            },
-            "text_cfg": {
-                "hf_model_name": str(folder),
-                "hf_tokenizer_name": str(folder),
-                "hf_pooler_type": "mean_pooler",
-                "hf_proj_type": "linear",
-                "context_length": CONTEXT_LENGTH,
-            },
-        },
-        "preprocess_cfg": {"mean": [_MEAN] * 3, "std": [_STD] * 3},
-    }
-    (draft / "open_clip_config.json").write_text(json.dumps(config, indent=2))
-    return config["model_cfg"]
+def _write_config(draft: Path, config: dict[str, Any]) -> None:
+    whole = {"model_cfg": config, "preprocess_cfg": {"mean": [_MEAN] * 3, "std": [_STD] * 3}}
+    (draft / CONFIG).write_text(json.dumps(whole, indent=2))
 
 
 def _build(config: dict[str, Any], draft: Path) -> torch.nn.Module:
     """The model of a draft, with random weights."""
-    text = {**config["text_cfg"], "hf_model_name": str(draft), "hf_model_pretrained": False}
+    text = config["text_cfg"]
+    if "hf_model_name" not in text:
+        return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
+    text = {**text, "hf_model_name": str(draft), "hf_model_pretrained": False}
     return open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text)
 
 

@@ -2,8 +2,8 @@
 
 import open_clip
 import pytest
+import tiny_tokenizers
 import torch
-from tiny_models import hf_tokenizer, ids_of
 
 from sparc_loss.evaluation.words import word_positions
 
@@ -49,10 +49,10 @@ def test_white_space_does_not_matter(tokenizer):
 
 @pytest.mark.parametrize("template", ["[CLS] $A [SEP]", "$A [SEP]", None])
 def test_hugging_face_tokenizers(tmp_path, template):
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = hf_tokenizer(tmp_path, template, **special)
-    ids, names = tokenizer(["red dog! runs"])[0], {index: word for word, index in ids_of(tokenizer).items()}
-    found = [[names[int(ids[position])] for position in word] for word in word_positions(tokenizer, "red dog! runs")]
+    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"}
+    tokenizer = tiny_tokenizers.word_level(tmp_path, template, **special)
+    tokens = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer(["red dog! runs"])[0])
+    found = [[tokens[position] for position in word] for word in word_positions(tokenizer, "red dog! runs")]
     assert found == [["red"], ["dog", "!"], ["runs"]]
 
 

@@ -1,0 +1,156 @@
+"""What is trained: which objective, from where, with which settings, by which seed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
+
+Start = Literal["scratch", "warm"]
+Pooling = Literal["mean", "last"]
+
+SEEDS = (0, 1, 2)
+# Settings are chosen with a seed apart, on the validation split.
+TUNING_SEED = 100
+# Half as in the paper's SPARC, for all objectives alike: only the ratio to the fine-grained weight matters much.
+GLOBAL_WEIGHT = 0.5
+LEARNING_RATES: dict[Start, float] = {"scratch": 2e-3, "warm": 5e-4}
+# Every objective gets the same few settings to choose from; CLIP has neither.
+GRID: dict[str, tuple[Any, ...]] = {"fine_grained_weight": (0.3, 1.0), "fine_grained_scale": (None, 10.0)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the tables.
+
+    Attributes:
+        family: the loss, "clip", "sparc", "filip", "pacl", "gloria" or "mgca"; settings are chosen per family.
+        settings: its constructor arguments beyond those chosen.
+        shuffled: the fine-grained half sees another pair's image, as a control.
+        delay: share of the steps before the fine-grained half begins.
+        starts: from where it is trained.
+        cost: of a step, in CLIP's; for the order of the runs and the progress bar only.
+    """
+
+    family: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    shuffled: bool = False
+    delay: float = 0.0
+    starts: tuple[Start, ...] = ("scratch", "warm")
+    cost: float = 1.0
+
+
+VARIANTS = {
+    "CLIP": Variant("clip"),
+    "SPARC": Variant("sparc"),
+    "SPARC, threshold 0.5": Variant("sparc", {"threshold": 0.5}, starts=("warm",)),
+    "SPARC, threshold 0.8": Variant("sparc", {"threshold": 0.8}, starts=("warm",)),
+    "SPARC, no sparsity": Variant("sparc", {"alignment": "dense"}, starts=("warm",)),
+    "SPARC, softmax": Variant("sparc", {"alignment": "softmax"}, starts=("warm",)),
+    "SPARC, shuffled images": Variant("sparc", shuffled=True, starts=("warm",)),
+    "SPARC after 60 % of the steps": Variant("sparc", delay=0.6, starts=("scratch",)),
+    "CLIP + FILIP": Variant("filip", cost=2.0),
+    "CLIP + PACL": Variant("pacl"),
+    "CLIP + GLoRIA": Variant("gloria", cost=4.4),
+    "CLIP + MGCA": Variant("mgca", cost=1.4),
+}
+FAMILIES = {variant.family: variant.cost for variant in VARIANTS.values() if variant.family != "clip"}
+# The rows repeated with a text tower that pools its last token, as open_clip's own do.
+LAST_TOKEN_ROWS = ("CLIP", "SPARC", "SPARC, threshold 0.8", "CLIP + FILIP")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the study is."""
+
+    scenes: int = 16_000
+    held_out: int = 500
+    scratch_steps: int = 500
+    warm_steps: int = 200
+    batch_size: int = 64
+    warmup: int = 50
+    width: int = 96
+    vision_layers: int = 2
+    device: str = "cpu"
+
+    def steps(self, start: Start) -> int:
+        return self.scratch_steps if start == "scratch" else self.warm_steps
+
+
+SIZES = {
+    "cpu": Size(),
+    "gpu": Size(200_000, 2_000, 6_000, 2_000, batch_size=256, warmup=500, width=256, vision_layers=6, device="cuda"),
+    "tiny": Size(scenes=128, held_out=20, scratch_steps=3, warm_steps=2, batch_size=16, warmup=1),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        variant: key of VARIANTS, or of the tuning "tune FAMILY".
+        start: "scratch", or "warm" from the CLIP run of the same pooling and seed.
+        pooling: of the text tower.
+        seed: of the weights and of the batches.
+        family, settings, shuffled, delay: see Variant.
+    """
+
+    variant: str
+    start: Start
+    pooling: Pooling
+    seed: int
+    family: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    shuffled: bool = False
+    delay: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """A file name of its own for each run."""
+        variant = "".join(letter if letter.isalnum() else "-" for letter in self.variant.lower())
+        tuned = "".join(f"-{value}" for _, value in self.settings) if self.variant.startswith("tune") else ""
+        return f"{self.pooling}-{self.start}-{variant}{tuned}-seed{self.seed}"
+
+    @property
+    def origin(self) -> "Run | None":
+        """The run whose weights this one starts from; None from scratch."""
+        return None if self.start == "scratch" else clip_run(self.pooling, self.seed)
+
+    @property
+    def is_origin(self) -> bool:
+        """Whether warm starts begin from this run's weights."""
+        return self == clip_run(self.pooling, self.seed)
+
+    @property
+    def cost(self) -> float:
+        """Of a step, in CLIP's."""
+        return FAMILIES.get(self.family, 1.0)
+
+
+def clip_run(pooling: Pooling, seed: int) -> Run:
+    """CLIP from scratch, from which the warm starts begin."""
+    return Run("CLIP", "scratch", pooling, seed, "clip")
+
+
+def tuning_runs() -> list[Run]:
+    """Each family with each of the settings, warm-started."""
+    return [
+        Run(f"tune {family}", "warm", "mean", TUNING_SEED, family, tuple(zip(GRID, values, strict=True)))
+        for family in FAMILIES
+        for values in product(*GRID.values())
+    ]
+
+
+def final_runs(chosen: Mapping[str, tuple[tuple[str, Any], ...]]) -> list[Run]:
+    """Every row of the tables with every seed, by the settings chosen for each family; CLIP from scratch first."""
+    runs = []
+    for seed in SEEDS:
+        for pooling in ("mean", "last"):
+            for name, variant in VARIANTS.items():
+                settings = (*chosen.get(variant.family, ()), *variant.settings.items())
+                run = Run(name, "warm", pooling, seed, variant.family, settings, variant.shuffled, variant.delay)
+                starts = variant.starts if pooling == "mean" else ("warm",) if name in LAST_TOKEN_ROWS else ()
+                if pooling == "last" and name == "CLIP":
+                    starts = ("scratch", "warm")
+                runs += [replace(run, start=start) for start in starts]
+    return runs

@@ -1,0 +1,158 @@
+"""The study's results: tables with mean and spread over seeds, a plot per measure, everything as JSON."""
+
+import json
+import platform
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..digit_scenes.measures import MEASURES
+from .plan import VARIANTS, Run
+
+# Heading of a column -> the measures whose mean it shows.
+COLUMNS = {
+    "R@1": ("image_to_text_recall", "text_to_image_recall"),
+    "swapped": ("hard_negatives",),
+    "K-Prec.": ("k_precision",),
+    "colours": ("colour_word_pointing",),
+    "kinds": ("kind_word_pointing",),
+    "phrases": ("phrase_pointing",),
+    "phr. tokens": ("phrase_tokens_pointing",),
+    "mIoU": ("mean_iou",),
+    "right": ("right_images",),
+    "shuffled": ("shuffled_images",),
+    "constant": ("constant_images",),
+}
+TABLES = {
+    ("mean", "scratch"): "From scratch, average-pooled text",
+    ("mean", "warm"): "From the CLIP of the same seed, average-pooled text",
+    ("last", "scratch"): "From scratch, end-of-text pooling",
+    ("last", "warm"): "From the CLIP of the same seed, end-of-text pooling",
+}
+
+Results = Mapping[Run, Mapping[str, Any]]
+
+
+def write_report(
+    folder: Path, results: Results, chosen: Mapping[str, tuple[tuple[str, Any], ...]], size: Mapping[str, Any]
+) -> str:
+    """Write study.json, tables.md and a plot per measure into `folder`; returns the tables."""
+    tables = markdown_tables(results)
+    record = {
+        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "size": dict(size),
+        "chosen": {family: dict(settings) for family, settings in chosen.items()},
+        "runs": [
+            {
+                "variant": run.variant,
+                "start": run.start,
+                "pooling": run.pooling,
+                "seed": run.seed,
+                "settings": dict(run.settings),
+                **result,
+            }
+            for run, result in results.items()
+        ],
+    }
+    (folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "tables.md").write_text(tables)
+    for measure in MEASURES:
+        draw(measure, results, folder / f"{measure}.png")
+    return tables
+
+
+def markdown_tables(results: Results) -> str:
+    """A table per start and pooling; after the variants, chance and ceiling."""
+    parts = []
+    for (pooling, start), title in TABLES.items():
+        rows = by_variant(results, pooling, start)
+        if not rows:
+            continue
+        seeds = len(next(iter(rows.values())))
+        cells = [["", *COLUMNS]]
+        for variant, runs in rows.items():
+            cells.append([variant, *(spread(column_values(runs, names)) for names in COLUMNS.values())])
+        levels = next(iter(rows.values()))[0]["levels"]
+        for level in ("chance", "ceiling"):
+            figures = [statistics.fmean(levels[name][level] for name in names) for names in COLUMNS.values()]
+            cells.append([level, *(_short(figure) for figure in figures)])
+        parts.append(f"### {title} ({seeds} seeds)\n\n{_markdown(cells)}")
+    return "\n".join(parts)
+
+
+def by_variant(results: Results, pooling: str, start: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Variant -> its results in the order of the seeds."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    order = list(VARIANTS)
+    chosen = [run for run in results if (run.pooling, run.start) == (pooling, start)]
+    for run in sorted(chosen, key=lambda run: (order.index(run.variant), run.seed)):
+        rows.setdefault(run.variant, []).append(results[run])
+    return rows
+
+
+def column_values(runs: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> list[float]:
+    """A column's figure for each run, on the test split."""
+    return [statistics.fmean(run["test"][name] for name in names) for run in runs]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation: ".31 ± .02"."""
+    if len(values) == 1:
+        return _short(values[0])
+    return f"{_short(statistics.fmean(values))} ± {_short(statistics.stdev(values))}"
+
+
+def draw(measure: str, results: Results, path: Path) -> None:
+    """A panel per start and pooling: a dot per seed, a bar at the mean, chance and ceiling as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {title: rows for key, title in TABLES.items() if (rows := by_variant(results, *key))}
+    heights = [len(rows) + 1 for rows in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels),
+        figsize=(7, 0.32 * sum(heights) + 1.2),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )
+    for axis, (title, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        level = next(iter(rows.values()))[0]["levels"][measure]
+        axis.axvline(level["chance"], color="grey", linestyle=":", label="chance")
+        axis.axvline(level["ceiling"], color="grey", linestyle="--", label="ceiling")
+        for place, runs in enumerate(rows.values()):
+            values = column_values(runs, (measure,))
+            axis.plot([statistics.fmean(values)], [place], marker="|", markersize=12, color="black")
+            axis.plot(values, [place] * len(values), marker="o", linestyle="", markersize=4, alpha=0.7, color="C0")
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize="medium")
+    axes[-1, 0].legend(fontsize="small")
+    figure.suptitle(MEASURES[measure])
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _short(figure: float) -> str:
+    """Two digits, without the zero before the point."""
+    text = f"{figure:.2f}"
+    return text[1:] if text.startswith("0") else text
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (rows[0], ruler, *rows[1:]):
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
