@@ -12,10 +12,16 @@ pytestmark = pytest.mark.skipif(open_clip.__version__ < "3.3", reason="open_clip
 MEASURES = {
     "image_to_text_recall",
     "text_to_image_recall",
+    "hard_negatives",
+    "k_precision",
     "colour_word_pointing",
     "kind_word_pointing",
     "phrase_pointing",
+    "phrase_tokens_pointing",
     "mean_iou",
+    "right_images",
+    "shuffled_images",
+    "constant_images",
 }
 
 
@@ -28,10 +34,10 @@ def finished(tmp_path_factory):
     return finished.stdout, next(runs.iterdir())
 
 
-def test_it_ends_with_a_table_of_every_measure_for_start_clip_sparc_and_chance(finished):
+def test_it_ends_with_a_table_of_every_measure_for_each_model_and_chance_and_ceiling(finished):
     output, run = finished
     results = json.loads((run / "results.json").read_text())
-    assert list(results) == ["start", "CLIP", "SPARC", "chance"]
+    assert list(results) == ["start", "CLIP", "SPARC", "chance", "ceiling"]
     assert all(set(column) == MEASURES and all(0 <= x <= 1 for x in column.values()) for column in results.values())
     assert (run / "table.md").read_text() in output
 

@@ -1,0 +1,166 @@
+"""The study: its plan, one run, its order, its choice of settings and its report."""
+
+import json
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+
+from examples.digit_scenes.measures import MEASURES
+from examples.study import study
+from examples.study.plan import GRID, LEARNING_RATES, SEEDS, SIZES, VARIANTS, Run, clip_run, final_runs, tuning_runs
+from examples.study.report import markdown_tables, write_report
+from examples.study.training import Folders, execute, make_loss
+
+needs_tokenizer = pytest.mark.skipif(
+    open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on"
+)
+TINY = replace(SIZES["tiny"], scenes=48, held_out=8, scratch_steps=2)
+CHOSEN = {family: tuple(zip(GRID, (0.3, 10.0), strict=True)) for family in study.FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Folders:
+    folders = Folders(tmp_path_factory.mktemp("study"))
+    study.prepare(folders, TINY)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def clip(folders):
+    return execute(clip_run("mean", 0), TINY, folders)
+
+
+def warm(**changes) -> Run:
+    return replace(Run("SPARC", "warm", "mean", 0, "sparc"), **changes)
+
+
+class TestPlan:
+    def test_every_run_has_a_file_name_of_its_own(self):
+        runs = tuning_runs() + final_runs(CHOSEN)
+        assert len({run.name for run in runs}) == len(runs)
+
+    def test_every_objective_is_tuned_by_as_many_runs(self):
+        families = [run.family for run in tuning_runs()]
+        assert {families.count(family) for family in study.FAMILIES} == {4}
+
+    def test_tuning_shares_no_seed_with_the_tables(self):
+        assert not {run.seed for run in tuning_runs()} & set(SEEDS)
+
+    def test_every_row_has_every_seed(self):
+        runs = final_runs(CHOSEN)
+        for run in runs:
+            assert [each.seed for each in runs if replace(each, seed=run.seed) == run] == list(SEEDS)
+
+    def test_warm_starts_begin_from_the_clip_of_their_seed(self):
+        runs = final_runs(CHOSEN)
+        for run in runs:
+            assert run.start == "scratch" or run.origin in runs
+            assert run.origin is None or (run.origin.seed, run.origin.pooling) == (run.seed, run.pooling)
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_every_row_is_a_loss_with_the_chosen_settings(self, variant):
+        run = next(run for run in final_runs(CHOSEN) if run.variant == variant)
+        loss = make_loss(run)
+        assert loss.global_weight == 0.5
+        assert loss.fine_grained_weight == (0.0 if variant == "CLIP" else 0.3)
+        assert all(getattr(loss, name) == value for name, value in VARIANTS[variant].settings.items())
+
+
+@needs_tokenizer
+class TestRun:
+    def test_measures_both_splits_with_chance_and_ceiling(self, clip):
+        assert set(clip["val"]) == set(clip["test"]) == set(clip["levels"])
+        assert all(0 <= figure <= 1 for figure in clip["test"].values())
+
+    def test_is_the_same_again(self, clip, folders):
+        assert execute(clip_run("mean", 0), TINY, folders) == clip
+
+    def test_a_warm_start_begins_with_the_weights_of_clip(self, clip, folders, monkeypatch):
+        monkeypatch.setitem(LEARNING_RATES, "warm", 0.0)
+        result = execute(warm(), TINY, folders)
+        assert (result["val"], result["test"]) == (clip["val"], clip["test"])
+
+    def test_without_its_fine_grained_half_it_is_clip(self, clip, folders):
+        delayed = execute(warm(delay=1.0), TINY, folders)
+        assert delayed == execute(warm(variant="CLIP", family="clip"), TINY, folders)
+        assert delayed != execute(warm(), TINY, folders)
+
+    def test_shuffled_images_are_another_task(self, clip, folders):
+        losses = [execute(warm(shuffled=shuffled), TINY, folders)["training_loss"] for shuffled in (False, True)]
+        assert losses[0] != losses[1]
+
+    @pytest.mark.parametrize("family", ["filip", "pacl", "gloria", "mgca"])
+    def test_the_rivals_train(self, clip, folders, family):
+        result = execute(warm(family=family, settings=CHOSEN[family]), TINY, folders)
+        assert torch.tensor(result["training_loss"]).isfinite()
+
+    def test_end_of_text_pooling_trains(self, folders):
+        result = execute(clip_run("last", 0), TINY, folders)
+        assert result["test"]["phrase_pointing"] >= 0
+
+
+@needs_tokenizer
+class TestOrder:
+    def test_what_is_there_is_not_done_again(self, folders, tmp_path):
+        run = clip_run("mean", 1)
+        first = study.run_all([run], TINY, folders, workers=1)
+        written = folders.result(run).stat().st_mtime_ns
+        assert study.run_all([run], TINY, folders, workers=1) == first
+        assert folders.result(run).stat().st_mtime_ns == written
+
+    def test_a_result_of_other_settings_is_not_taken(self, folders):
+        run = clip_run("mean", 0)
+        study._write(run, TINY, folders, {"val": {}})
+        assert study._read(run, TINY, folders) == {"val": {}}
+        assert study._read(run, replace(TINY, scratch_steps=9), folders) is None
+        folders.result(run).unlink()
+
+    def test_clip_whose_weights_are_lost_is_trained_again(self, folders):
+        run = clip_run("mean", 2)
+        study._write(run, TINY, folders, {"val": {}})
+        assert study._read(run, TINY, folders) is None
+
+
+def test_the_settings_chosen_are_the_best_on_the_validation_split():
+    def result(val: float, test: float) -> dict:
+        return {"val": dict.fromkeys(study.CHOSEN_BY, val), "test": dict.fromkeys(study.CHOSEN_BY, test)}
+
+    runs = tuning_runs()
+    results = {run: result(0.1, 0.9) for run in runs}
+    best = {family: [run for run in runs if run.family == family][2] for family in study.FAMILIES}
+    results |= {run: result(0.2, 0.1) for run in best.values()}
+    assert study.choose_settings(results) == {family: run.settings for family, run in best.items()}
+
+
+class TestReport:
+    @pytest.fixture
+    def results(self):
+        level = {"chance": 0.05, "ceiling": 0.9}
+        results = {}
+        for run in final_runs(CHOSEN):
+            figures = dict.fromkeys(MEASURES, 0.25 + 0.1 * run.seed)
+            results[run] = {"test": figures, "val": figures, "levels": dict.fromkeys(MEASURES, level)}
+        return results
+
+    def test_tables_have_mean_and_standard_deviation_over_the_seeds(self, results):
+        tables = markdown_tables(results)
+        assert "| CLIP + FILIP                  | .35 ± .10 |" in tables
+        assert "| chance                        |       .05 |" in tables
+        assert tables.count("(3 seeds)") == 4
+
+    def test_writes_json_tables_and_a_plot_for_each_measure(self, results, tmp_path):
+        tables = write_report(tmp_path, results, CHOSEN, {"scenes": 1})
+        assert (tmp_path / "tables.md").read_text() == tables
+        record = json.loads((tmp_path / "study.json").read_text())
+        assert len(record["runs"]) == len(results)
+        assert record["chosen"]["filip"] == {"fine_grained_weight": 0.3, "fine_grained_scale": 10.0}
+        assert {path.stem for path in tmp_path.glob("*.png")} == set(MEASURES)
+
+
+def test_the_gpu_size_without_a_gpu_is_one_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--size gpu needs a GPU that torch can use; none is found"):
+        study.main(["--size", "gpu", "--output", str(tmp_path / "study")])
+    assert not (tmp_path / "study").exists()
