@@ -19,16 +19,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparc_loss import functional, fused, surface_embeddings
+from sparc_loss import functional, fused
+
+from .update_step import Sizes, clip_cost, fine_grained_cost, show_update_steps, update_steps
 
 SHAPES = ["64,196,77,512", "256,196,77,512", "256,49,77,512", "64,576,77,768"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -290,152 +291,6 @@ def show(rows: list[dict]) -> None:
         )
 
 
-# A whole update step (the paper's Table 11)
-
-
-PAPER = {  # batch size -> objective -> (TFLOPs, peak MB) of one device
-    2048: {"CLIP": (1.15, 4394), "SPARC": (1.15, 4408)},
-    16384: {"CLIP": (9.14, 8578), "SPARC": (9.19, 8620)},
-}
-# The paper does not say over how many devices: of the powers of two, 256 brings our CLIP row nearest (15 %).
-DEVICES = 256
-BATCH_SIZES = (2048, 4096, 8192, 16384)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """One device's share of a step."""
-
-    pairs: int  # on this device
-    ranks: int
-    patches: int = 196
-    length: int = 77
-    tokens: float = 16.5  # that count, of a caption
-    dim: int = 512
-    bytes_each: int = 2  # of a feature, under bfloat16 autocast
-
-
-@dataclass(frozen=True)
-class Cost:
-    flops: float
-    bytes: float  # held at the fullest moment of the loss, beyond what the model itself keeps
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-
-def clip_cost(sizes: Sizes) -> Cost:
-    """ClipLoss over ranks, with local_loss: logits of the own pairs against all, once for each direction."""
-    everyone = sizes.pairs * sizes.ranks
-    # Logits and their gradient in float32; gathered features of both sides and their gradients.
-    return Cost(
-        12 * sizes.pairs * everyone * sizes.dim,
-        2 * 2 * 4 * sizes.pairs * everyone + 4 * sizes.bytes_each * everyone * sizes.dim,
-    )
-
-
-def fine_grained_cost(sizes: Sizes) -> Cost:
-    """The fused loss: twelve operations for each valid token, patch and dimension, six for two tokens and a dimension.
-
-    Every caption as long as the average, nothing padded. Held: the gradients, and the workspace of one group.
-    """
-    tokens = sizes.pairs * sizes.tokens
-    return Cost(
-        (12 * sizes.patches + 6 * sizes.tokens) * tokens * sizes.dim,
-        sizes.bytes_each * sizes.pairs * (sizes.patches + sizes.length) * sizes.dim + fused.CPU_CHUNK_BYTES,
-    )
-
-
-# An objective's own cost on one device; a rival is one more line. Surfacing is counted with the model.
-OBJECTIVES: dict[str, Callable[[Sizes], Cost]] = {
-    "CLIP": clip_cost,
-    "SPARC": lambda sizes: clip_cost(sizes) + fine_grained_cost(sizes),
-}
-
-
-@cache
-def model_cost(name: str, surfaced: bool) -> tuple[Cost, int]:
-    """What one pair costs in a model of open_clip, counted on the meta device, and the model's parameters.
-
-    Bytes are what autograd saves for backward under bfloat16 autocast's sizes, beyond the parameters.
-    """
-    import open_clip
-
-    model = open_clip.create_model(name, device="meta")
-    if surfaced:
-        surface_embeddings(model, open_clip.get_tokenizer(name))
-    model.train()
-    size = model.visual.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    costs = []
-    for pairs in (1, 2):
-        images = torch.empty(pairs, 3, height, width, device="meta")
-        texts = torch.zeros(pairs, model.context_length, dtype=torch.long, device="meta")
-        parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        saved: dict[int, tuple[StorageWeakRef, int]] = {}
-
-        def pack(tensor: Tensor, parameters=parameters, saved=saved) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in parameters:
-                saved[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-            return tensor
-
-        with FlopCounterMode(display=False) as counter:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                output = model(images, texts)
-            values = output.values() if isinstance(output, dict) else output
-            sum(value.float().sum() for value in values if value.requires_grad and value.ndim).backward()
-        costs.append(Cost(counter.get_total_flops(), sum(size for _, size in saved.values()) / 2))
-    one, two = costs
-    return Cost(two.flops - one.flops, two.bytes - one.bytes), sum(each.numel() for each in model.parameters())
-
-
-def update_steps(name: str = "ViT-B-16") -> list[dict]:
-    """One device's update step for each batch size and objective."""
-    plain, parameters = model_cost(name, surfaced=False)
-    surfaced, _ = model_cost(name, surfaced=True)
-    rows = []
-    for batch_size in BATCH_SIZES:
-        sizes = Sizes(batch_size // DEVICES, DEVICES)
-        for objective, cost in OBJECTIVES.items():
-            model, loss = (plain if objective == "CLIP" else surfaced), cost(sizes)
-            rows.append(
-                {
-                    "batch_size": batch_size,
-                    "objective": objective,
-                    "tflops": (model.flops * sizes.pairs + loss.flops) / 1e12,
-                    # Weights, gradients and AdamW's two moments in float32.
-                    "megabytes": (16 * parameters + model.bytes * sizes.pairs + loss.bytes) / 1e6,
-                    "paper": PAPER.get(batch_size, {}).get(objective),
-                }
-            )
-    shares = {
-        "surfacing": (surfaced.flops - plain.flops) / plain.flops,
-        "fine-grained loss": fine_grained_cost(Sizes(1, 1)).flops / plain.flops,
-    }
-    return [*rows, {"model": name, "gflops_of_a_pair": plain.flops / 1e9, "parameters": parameters, "shares": shares}]
-
-
-def show_update_steps(rows: list[dict]) -> None:
-    *rows, model = rows
-    print(
-        f"\nOne update step of {model['model']} on one of {DEVICES} devices, counted "
-        f"({model['gflops_of_a_pair']:.1f} GFLOP for a pair, {model['parameters'] / 1e6:.1f} M parameters)"
-    )
-    print(f"{'B':>6} {'':10} {'TFLOP':>8} {'paper':>6} {'over CLIP':>10} {'paper':>7} {'MB':>8} {'paper':>6}")
-    for row in rows:
-        clip = next(r for r in rows if r["batch_size"] == row["batch_size"] and r["objective"] == "CLIP")
-        paper, paper_clip = row["paper"], clip["paper"]
-        theirs = (f"{paper[0]:.2f}", f"{paper[0] / paper_clip[0] - 1:+.2%}", str(paper[1])) if paper else ("",) * 3
-        over = row["tflops"] / clip["tflops"] - 1
-        print(
-            f"{row['batch_size']:6} {row['objective']:10} {row['tflops']:8.3f} {theirs[0]:>6} {over:+10.3%} "
-            f"{theirs[1]:>7} {row['megabytes']:8.0f} {theirs[2]:>6}"
-        )
-    for part, share in model["shares"].items():
-        print(f"  of a CLIP step, {part}: {share:+.3%}")
-
-
 # The whole
 
 
@@ -458,7 +313,7 @@ def machine(device: str) -> dict[str, object]:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Times, memory, the step's share, and how one device's cost grows."""
+    """Times, memory, a step's operations by objective, and how one device's cost grows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -487,14 +342,19 @@ def draw(results: dict, path: Path) -> None:
         axis.set_xticks(range(len(blocks)), list(blocks))
         axis.legend(fontsize="small")
 
-    model = results["table11"][-1]
-    for number, (part, share) in enumerate(model["shares"].items()):
-        axes[1, 0].barh(number, 100 * share)
-        axes[1, 0].text(100 * share, number, f" {part} {share:.3%}", va="center")
-    paper = PAPER[16384]["SPARC"][0] / PAPER[16384]["CLIP"][0] - 1
-    axes[1, 0].barh(len(model["shares"]), 100 * paper, color="lightgrey")
-    axes[1, 0].text(100 * paper, len(model["shares"]), f" the paper, in all {paper:.2%}", va="center")
-    axes[1, 0].set(title=f"SPARC over CLIP, % of the operations of a {model['model']} step", xlim=(0, 1), yticks=[])
+    *steps, model = results["table11"]
+    rivals = [row for row in steps if row["objective"] != "CLIP"]
+    for number, objective in enumerate(dict.fromkeys(row["objective"] for row in rivals)):
+        rows = [row for row in rivals if row["objective"] == objective]
+        shares = [100 * row["over_clip"] for row in rows]
+        axes[1, 0].plot([row["batch_size"] for row in rows], shares, marker="o", color=f"C{number}", label=objective)
+        theirs = [row for row in rows if row["paper"] and row["paper_over_clip"] > 0]
+        at, shares = [row["batch_size"] for row in theirs], [100 * row["paper_over_clip"] for row in theirs]
+        axes[1, 0].plot(at, shares, marker="x", linestyle="", color=f"C{number}")
+    title = f"Operations of a {model['model']} step over CLIP's (x: the paper)"
+    axes[1, 0].set(title=title, xlabel="batch size", ylabel="%", yscale="log")
+    axes[1, 0].set_xscale("log", base=2)
+    axes[1, 0].legend(fontsize="small")
 
     factors = [2**n for n in range(6)]
     base = Sizes(64, 4, 196, 77, 16.5)
