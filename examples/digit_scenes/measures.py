@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,13 +28,13 @@ from sparc_loss.evaluation import (
     recall_at_k,
     recall_chance,
     segment,
-    swap_words,
 )
 from sparc_loss.evaluation.words import word_positions
 from sparc_loss.functional import token_patch_similarity
 
 from .captions import SIZES_SAID
 from .dataset import Annotations
+from .evaluation_csv import swapped_captions
 from .scenes import COLOURS, IMAGE_SIZE, KINDS, SceneObject
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -101,7 +100,7 @@ def embed(model: nn.Module, tokenizer: Any, images: Tensor, scenes: Annotations)
         return features.cpu(), mask.cpu()
 
     phrases = sorted({each.phrase for objects in scenes.objects for each in objects})
-    swapped = _swapped_captions(scenes)
+    swapped = swapped_captions(scenes)
     token_features, token_mask = tokens(scenes.captions)
     phrase_tokens, phrase_mask = tokens(phrases)
     batches = images.to(device).split(_BATCH)
@@ -190,18 +189,6 @@ def markdown_table(columns: Mapping[str, Mapping[str, float]]) -> str:
 
 
 _NOUNS_AND_ADJECTIVES = {*COLOURS, *KINDS, *(word for words in SIZES_SAID.values() for word in words)}
-
-
-def _swapped_captions(scenes: Annotations) -> dict[int, str]:
-    """Scene -> its caption with the colours of two objects exchanged, where it tells two colours."""
-    swapped = {}
-    for index, (caption, objects) in enumerate(zip(scenes.captions, scenes.objects, strict=True)):
-        told = [each for each in objects if "colour" in each.words]
-        for one, other in combinations(told, 2):
-            if one.colour != other.colour and one.kind != other.kind:
-                swapped[index] = swap_words(caption, one.words["colour"], other.words["colour"])
-                break
-    return swapped
 
 
 def _image_dependence(embeddings: Embeddings) -> ImageDependence:

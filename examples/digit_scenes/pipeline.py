@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .dataset import SIZES, read_captions, write_dataset
+from .evaluation_csv import write_evaluation_csv
 from .model import warm_start, write_model
 from .report import write_report
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nHeld-out scenes, {minutes:.1f} minutes in all:\n\n{table}")
     print(f"What each word selects under CLIP and SPARC: {run / 'words.png'}, and to point into: {run / 'words.html'}")
     print(f"The models, for open_clip.create_model('local-dir:...'): {models}")
+    print(f"The test scenes, for sparc-loss evaluate: {write_evaluation_csv(data, 'test')}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

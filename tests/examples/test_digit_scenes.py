@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 
 from examples.digit_scenes import captions, dataset, scenes
 from examples.digit_scenes.dataset import read_annotations, read_captions, write_dataset
+from examples.digit_scenes.evaluation_csv import CLASSES, write_evaluation_csv
 from examples.digit_scenes.model import CONTEXT_LENGTH, WEIGHTS, warm_start, write_model
 from examples.digit_scenes.scenes import generate_scene
 from sparc_loss import surface_embeddings
+from sparc_loss.evaluation import BACKGROUND
+from sparc_loss.evaluation.dataset import read_data, read_lines, read_mask
 
 SIZES = {"train": 40, "val": 6, "test": 5}
 
@@ -36,6 +39,13 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, data) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model", read_captions(data, "train"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of scenes and its CSV for the command."""
+    folder = write_dataset(tmp_path_factory.mktemp("data") / "scenes", {"val": 12}, workers=1)
+    return folder, write_evaluation_csv(folder, "val")
 
 
 def plain(word: str) -> str:
@@ -205,6 +215,50 @@ class TestDataset:
     def test_an_empty_split_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="sizes has 'val': 0; expected"):
             write_dataset(tmp_path / "scenes", {"train": 1, "val": 0})
+
+
+class TestEvaluationCsv:
+    def test_the_command_reads_it_as_the_annotations_say(self, written):
+        folder, path = written
+        scenes = read_annotations(folder, "val")
+        data = read_data(path, read_lines(folder / "classes.txt"))
+        assert data.images == scenes.images
+        assert data.captions == scenes.captions
+        for index, objects in enumerate(scenes.objects):
+            assert [each.phrase for each in data.objects[index]] == [each.phrase for each in objects]
+            assert [each.box for each in data.objects[index]] == [each.box for each in objects]
+            mask = read_mask(data.masks[index], (64, 64), len(data.classes))
+            for number, each in enumerate(objects, start=1):
+                assert {data.classes[label] for label in mask[scenes.labels[index] == number].tolist()} == {
+                    each.phrase
+                }
+            assert set(mask[scenes.labels[index] == 0].tolist()) == {BACKGROUND}
+
+    def test_words_are_those_that_tell_colour_kind_and_size(self, written):
+        folder, path = written
+        scenes = read_annotations(folder, "val")
+        for read, objects in zip(read_data(path, CLASSES).objects, scenes.objects, strict=True):
+            assert [set(each.words) for each in read] == [set(each.words.values()) for each in objects]
+
+    def test_swapped_captions_exchange_two_colours_and_nothing_else(self, written):
+        _, path = written
+        data = read_data(path, CLASSES)
+        pairs = [(a, b) for a, b in zip(data.captions, data.hard_negatives, strict=True) if b]
+        assert len(pairs) > 6
+        for caption, swapped in pairs:
+            words = [
+                (one.strip(","), other.strip(","))
+                for one, other in zip(caption.split(), swapped.split(), strict=True)
+                if one != other and {one, other} != {"a", "an"}
+            ]
+            assert len(words) == 2
+            assert words[0] == words[1][::-1]
+            assert set(words[0]) <= set(scenes.COLOURS)
+
+    def test_without_annotations_nothing_is_written(self, data):
+        with pytest.raises(FileNotFoundError):
+            write_evaluation_csv(data, "train")
+        assert not (data / "masks").exists()
 
 
 @pytest.mark.skipif(open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on")

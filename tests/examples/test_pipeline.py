@@ -65,6 +65,20 @@ def test_the_models_are_folders_that_open_clip_loads(finished):
     assert loaded.stdout.split()[-1] == "CustomTextCLIP", loaded.stdout
 
 
+def test_sparc_loss_evaluate_measures_its_models_on_its_scenes(finished):
+    output, run = finished
+    data = run / "data"
+    assert f"The test scenes, for sparc-loss evaluate: {data / 'test-evaluate.csv'}" in output
+    measured = run_python(
+        *("-m", "sparc_loss.evaluation.command", "--model", f"local-dir:{run / 'models' / 'SPARC'}"),
+        *("--data", str(data / "test-evaluate.csv"), "--classes", str(data / "classes.txt"), "--workers", "0"),
+        *("--background-threshold", "0.5"),
+    )
+    assert measured.returncode == 0, measured.stdout
+    names = [line.split("|")[1].strip() for line in measured.stdout.splitlines() if line.startswith("| ")]
+    assert {"hard negatives", "pointing, words of captions", "mIoU with background", "shuffled images"} <= set(names)
+
+
 def test_the_run_has_a_folder_of_its_own(finished):
     _, run = finished
     assert run.name.startswith("digit-scenes-")
