@@ -96,3 +96,48 @@ def fine_grained(
         terms = [term for caption in captions for term in caption]
         return Reference(weights, sum(terms) / max(len(terms), 1))
     return Reference(weights, sum(sum(caption) / max(len(caption), 1) for caption in captions) / batch)
+
+
+def image_contrastive(
+    patch_features: np.ndarray,
+    token_features: np.ndarray,
+    token_mask: np.ndarray,
+    logit_scale: float,
+    image_negatives: int,
+    threshold: float | None = None,
+    alignment: str = "sparse",
+    patch_mask: np.ndarray | None = None,
+    region_mask: np.ndarray | None = None,
+) -> float:
+    """Every caption against its own image and the next ones, one token after the other."""
+    batch, length, patches = (*token_features.shape[:2], patch_features.shape[1])
+
+    def usable(image: int) -> list[int]:
+        return [p for p in range(patches) if patch_mask is None or patch_mask[image, p]]
+
+    terms = []
+    for caption in range(batch):
+        own = {
+            j: [p for p in usable(caption) if region_mask is None or region_mask[caption, j, p]]
+            for j in range(length)
+            if token_mask[caption, j]
+        }
+        counted = [j for j in own if own[j]]
+        if not counted:
+            continue
+        scores = []
+        for step in range(1 + image_negatives):
+            image = (caption + step) % batch
+            if not usable(image):
+                continue
+            cosines = []
+            for j in counted:
+                chosen = [patch_features[image, p].tolist() for p in (own[j] if step == 0 else usable(image))]
+                token = token_features[caption, j].tolist()
+                weights = token_weights(token, chosen, threshold, alignment)
+                group = [dot(weights, [patch[d] for patch in chosen]) for d in range(len(token))]
+                cosines.append(cosine(group, token))
+            scores.append(logit_scale * sum(cosines) / len(cosines))
+        highest = max(scores)
+        terms.append(highest + math.log(math.fsum(math.exp(score - highest) for score in scores)) - scores[0])
+    return sum(terms) / max(len(terms), 1)

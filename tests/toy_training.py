@@ -88,6 +88,7 @@ class Setting:
     reduction: str = "token"
     wrapper: str = "DDP"
     accum_freq: int = 1
+    image_negatives: int = 0
 
 
 def train_step(setting: Setting, batch: dict[str, Tensor], rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
@@ -99,7 +100,13 @@ def train_step(setting: Setting, batch: dict[str, Tensor], rank: int = 0, world_
         global_loss = SigLipLoss(**ranks)
     else:
         global_loss = ClipLoss(local_loss=setting.local_loss, gather_with_grad=True, **ranks)
-    loss = SparcLoss(reduction=setting.reduction, gather_with_grad=True, global_loss=global_loss, **ranks)
+    loss = SparcLoss(
+        reduction=setting.reduction,
+        image_negatives=setting.image_negatives,
+        gather_with_grad=True,
+        global_loss=global_loss,
+        **ranks,
+    )
     total = _accumulate(WRAPPERS[setting.wrapper](model), loss, batch, setting.accum_freq)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if setting.wrapper == "FSDP2":
@@ -115,19 +122,20 @@ def _accumulate(model: nn.Module, loss: nn.Module, batch: dict[str, Tensor], acc
     """As open_clip_train's loop: features of all parts first, then each part again with its gradient."""
     parts = [{name: value.chunk(accum_freq)[index] for name, value in batch.items()} for index in range(accum_freq)]
     with torch.no_grad():
-        cached = [_output(model, part) for part in parts] if accum_freq > 1 else [{}]
+        cached = [output(model, part) for part in parts] if accum_freq > 1 else [{}]
     for index, part in enumerate(parts):
-        output = _output(model, part)
-        for name, value in output.items():
+        outputs = output(model, part)
+        for name, value in outputs.items():
             if accum_freq > 1 and name not in ("logit_scale", "logit_bias"):
                 others = [each[name] for each in cached]
-                output[name] = torch.cat([*others[:index], value, *others[index + 1 :]])
-        total = loss(**output)
+                outputs[name] = torch.cat([*others[:index], value, *others[index + 1 :]])
+        total = loss(**outputs)
         total.backward()
     return total.detach()
 
 
-def _output(model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
+def output(model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model returns for a batch, with the batch's masks."""
     return {
         **model(part["images"], part["texts"]),
         "token_mask": part["token_mask"],

@@ -1,7 +1,7 @@
 """What is trained: which objective, from where, with which settings, by which seed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -27,16 +27,20 @@ class Variant:
         settings: its constructor arguments beyond those chosen.
         shuffled: the fine-grained half sees another pair's image, as a control.
         delay: share of the steps before the fine-grained half begins.
+        cure: key of `cures.CURES`.
+        boxes: share of the training scenes whose boxes say which patches a word may use.
+        time: share of the steps, for as much time as CLIP takes.
         starts: from where it is trained.
-        cost: of a step, in CLIP's; for the order of the runs and the progress bar only.
     """
 
     family: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     shuffled: bool = False
     delay: float = 0.0
+    cure: str = ""
+    boxes: float = 0.0
+    time: float = 1.0
     starts: tuple[Start, ...] = ("scratch", "warm")
-    cost: float = 1.0
 
 
 VARIANTS = {
@@ -48,12 +52,34 @@ VARIANTS = {
     "SPARC, softmax": Variant("sparc", {"alignment": "softmax"}, starts=("warm",)),
     "SPARC, shuffled images": Variant("sparc", shuffled=True, starts=("warm",)),
     "SPARC after 60 % of the steps": Variant("sparc", delay=0.6, starts=("scratch",)),
-    "CLIP + FILIP": Variant("filip", cost=2.0),
+    "CLIP + FILIP": Variant("filip"),
     "CLIP + PACL": Variant("pacl"),
-    "CLIP + GLoRIA": Variant("gloria", cost=4.4),
-    "CLIP + MGCA": Variant("mgca", cost=1.4),
+    "CLIP + GLoRIA": Variant("gloria"),
+    "CLIP + MGCA": Variant("mgca"),
 }
-FAMILIES = {variant.family: variant.cost for variant in VARIANTS.values() if variant.family != "clip"}
+# The second study: what makes the alignment look at its image?
+_ALONE = {"fine_grained_weight": 0.0}
+IMAGE_VARIANTS = {
+    **{name: VARIANTS[name] for name in ("CLIP", "SPARC", "CLIP + FILIP", "CLIP + GLoRIA")},
+    "CLIP + FILIP, CLIP's time": Variant("filip", time=0.5),
+    "CLIP + GLoRIA, CLIP's time": Variant("gloria", time=0.23),
+    "1 image negative": Variant("sparc", {**_ALONE, "image_negatives": 1}),
+    "3 image negatives": Variant("sparc", {**_ALONE, "image_negatives": 3}),
+    "7 image negatives": Variant("sparc", {**_ALONE, "image_negatives": 7}),
+    "3, threshold 0.5": Variant("sparc", {**_ALONE, "image_negatives": 3, "threshold": 0.5}),
+    "SPARC + 3": Variant("sparc", {"image_negatives": 3}),
+    "SPARC + 3, threshold 0.5": Variant("sparc", {"image_negatives": 3, "threshold": 0.5}),
+    "SPARC, threshold 0.5": VARIANTS["SPARC, threshold 0.5"],
+    "SPARC, threshold 0.8": VARIANTS["SPARC, threshold 0.8"],
+    "SPARC, stop-gradient": Variant("sparc", cure="stop-gradient", starts=("warm",)),
+    "SPARC, normalized weights": Variant("sparc", cure="normalized weights", starts=("warm",)),
+    "SPARC, 1 % boxes": Variant("sparc", boxes=0.01, starts=("warm",)),
+    "SPARC, 10 % boxes": Variant("sparc", boxes=0.1, starts=("warm",)),
+    "SPARC, 100 % boxes": Variant("sparc", boxes=1.0, starts=("warm",)),
+}
+PLANS = {"objectives": VARIANTS, "image": IMAGE_VARIANTS}
+# Family -> what a step costs, in CLIP's; orders the runs and moves the progress bar.
+FAMILIES = {"sparc": 1.0, "filip": 2.0, "pacl": 1.0, "gloria": 4.4, "mgca": 1.4}
 # The rows repeated with a text tower that pools its last token, as open_clip's own do.
 LAST_TOKEN_ROWS = ("CLIP", "SPARC", "SPARC, threshold 0.8", "CLIP + FILIP")
 
@@ -72,8 +98,8 @@ class Size:
     vision_layers: int = 2
     device: str = "cpu"
 
-    def steps(self, start: Start) -> int:
-        return self.scratch_steps if start == "scratch" else self.warm_steps
+    def steps(self, run: "Run") -> int:
+        return round(run.time * (self.scratch_steps if run.start == "scratch" else self.warm_steps))
 
 
 SIZES = {
@@ -92,7 +118,7 @@ class Run:
         start: "scratch", or "warm" from the CLIP run of the same pooling and seed.
         pooling: of the text tower.
         seed: of the weights and of the batches.
-        family, settings, shuffled, delay: see Variant.
+        family, settings, shuffled, delay, cure, boxes, time: see Variant.
     """
 
     variant: str
@@ -103,6 +129,9 @@ class Run:
     settings: tuple[tuple[str, Any], ...] = ()
     shuffled: bool = False
     delay: float = 0.0
+    cure: str = ""
+    boxes: float = 0.0
+    time: float = 1.0
 
     @property
     def name(self) -> str:
@@ -141,16 +170,26 @@ def tuning_runs() -> list[Run]:
     ]
 
 
-def final_runs(chosen: Mapping[str, tuple[tuple[str, Any], ...]]) -> list[Run]:
-    """Every row of the tables with every seed, by the settings chosen for each family; CLIP from scratch first."""
+def final_runs(chosen: Mapping[str, tuple[tuple[str, Any], ...]], plan: str = "objectives") -> list[Run]:
+    """Every row of the plan's tables with every seed, by the settings chosen for each family."""
     runs = []
     for seed in SEEDS:
-        for pooling in ("mean", "last"):
-            for name, variant in VARIANTS.items():
-                settings = (*chosen.get(variant.family, ()), *variant.settings.items())
-                run = Run(name, "warm", pooling, seed, variant.family, settings, variant.shuffled, variant.delay)
+        for pooling in ("mean", "last") if plan == "objectives" else ("mean",):
+            for name, variant in PLANS[plan].items():
+                run = _run(name, variant, pooling, seed, chosen)
                 starts = variant.starts if pooling == "mean" else ("warm",) if name in LAST_TOKEN_ROWS else ()
                 if pooling == "last" and name == "CLIP":
                     starts = ("scratch", "warm")
                 runs += [replace(run, start=start) for start in starts]
     return runs
+
+
+def _run(
+    name: str, variant: Variant, pooling: Pooling, seed: int, chosen: Mapping[str, tuple[tuple[str, Any], ...]]
+) -> Run:
+    settings = tuple({**dict(chosen.get(variant.family, ())), **variant.settings}.items())
+    how = {each.name: getattr(variant, each.name) for each in fields(Variant) if each.name not in _NOT_OF_A_RUN}
+    return Run(name, "warm", pooling, seed, settings=settings, **how)
+
+
+_NOT_OF_A_RUN = ("settings", "starts")

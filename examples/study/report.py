@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..digit_scenes.measures import MEASURES
-from .plan import VARIANTS, Run
+from .plan import PLANS, Run
 
 # Heading of a column -> the measures whose mean it shows.
 COLUMNS = {
@@ -86,7 +86,7 @@ def markdown_tables(results: Results) -> str:
 def by_variant(results: Results, pooling: str, start: str) -> dict[str, list[Mapping[str, Any]]]:
     """Variant -> its results in the order of the seeds."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
-    order = list(VARIANTS)
+    order = [name for plan in PLANS.values() for name in plan]
     chosen = [run for run in results if (run.pooling, run.start) == (pooling, start)]
     for run in sorted(chosen, key=lambda run: (order.index(run.variant), run.seed)):
         rows.setdefault(run.variant, []).append(results[run])

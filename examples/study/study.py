@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..digit_scenes.dataset import read_captions, write_dataset
 from ..digit_scenes.model import write_model
-from .plan import FAMILIES, SEEDS, SIZES, TUNING_SEED, Run, Size, clip_run, final_runs, tuning_runs
+from .plan import FAMILIES, PLANS, SEEDS, SIZES, TUNING_SEED, Run, Size, clip_run, final_runs, tuning_runs
 from .report import write_report
 from .training import Folders, execute
 
@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     workers = arguments.workers or (os.cpu_count() if size.device == "cpu" else 1)
     chosen = choose_settings(run_all([clip_run("mean", TUNING_SEED), *tuning_runs()], size, folders, workers))
-    results = run_all(final_runs(chosen), size, folders, workers)
-    print(write_report(folders.root, results, chosen, asdict(size)))
-    print(f"Written to {folders.root}: study.json, tables.md and a plot per measure")
+    results = run_all(final_runs(chosen, arguments.plan), size, folders, workers)
+    report = folders.root / arguments.plan
+    report.mkdir(exist_ok=True)
+    print(write_report(report, results, chosen, asdict(size)))
+    print(f"Written to {report}: study.json, tables.md and a plot per measure")
 
 
 def prepare(folders: Folders, size: Size) -> None:
@@ -91,6 +93,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--plan",
+        choices=PLANS,
+        default="objectives",
+        help="the objectives like for like, or what makes SPARC look at its image (%(default)s)",
+    )
     parser.add_argument("--size", choices=SIZES, default="cpu", help="%(default)s takes about 80 minutes on 2 cores")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="runs/study-SIZE by default")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at a time (one per core; one on a GPU)")
@@ -120,7 +128,7 @@ def _description(run: Run, size: Size) -> dict[str, Any]:
 
 
 def _weight(run: Run, size: Size) -> int:
-    return round(size.steps(run.start) * run.cost)
+    return round(size.steps(run) * run.cost)
 
 
 def _in_processes(

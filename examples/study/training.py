@@ -17,6 +17,7 @@ from sparc_loss.losses.objective import Objective
 
 from ..digit_scenes.dataset import read_annotations, read_captions
 from ..digit_scenes.measures import best_background_threshold, embed, levels, measure, read_images
+from .cures import CURES, region_masks
 from .plan import GLOBAL_WEIGHT, LEARNING_RATES, Pooling, Run, Size
 
 LOSSES = {"sparc": SparcLoss, "filip": FilipLoss, "pacl": PaclLoss, "gloria": GloriaLoss, "mgca": MgcaLoss}
@@ -62,7 +63,8 @@ def execute(run: Run, size: Size, folders: Folders) -> dict[str, Any]:
 
     images = _training_images(folders.data)
     texts = tokenizer(read_captions(folders.data, "train"))
-    loss = train(model, make_loss(run), run, size, images, texts, preprocess.transforms[-1])
+    regions = _regions(round(run.boxes * len(images)), model.encode_patches(images[:1].float())[1], texts.shape[1])
+    loss = train(model, make_loss(run), run, size, images, texts, preprocess.transforms[-1], regions)
 
     if run.is_origin:
         folders.weights(run).parent.mkdir(exist_ok=True)
@@ -84,11 +86,19 @@ def make_loss(run: Run) -> Objective:
     """The run's objective; CLIP is SPARC without its fine-grained half."""
     if run.family == "clip":
         return SparcLoss(global_weight=GLOBAL_WEIGHT, fine_grained_weight=0.0)
-    return LOSSES[run.family](**{"global_weight": GLOBAL_WEIGHT, **dict(run.settings)})
+    loss = CURES[run.cure] if run.cure else LOSSES[run.family]
+    return loss(**{"global_weight": GLOBAL_WEIGHT, **dict(run.settings)})
 
 
 def train(
-    model: nn.Module, loss: Objective, run: Run, size: Size, images: Tensor, texts: Tensor, normalize: Any
+    model: nn.Module,
+    loss: Objective,
+    run: Run,
+    size: Size,
+    images: Tensor,
+    texts: Tensor,
+    normalize: Any,
+    regions: Tensor | None = None,
 ) -> float:
     """Train in place, as open_clip_train does: AdamW, warm-up, cosine decay, the scale at most 100.
 
@@ -96,11 +106,12 @@ def train(
         images: uint8 [N, 3, H, W].
         texts: token ids [N, L].
         normalize: takes floating-point images in [0, 1].
+        regions: bool [M, L, P], what the tokens of the first M pairs may use.
 
     Returns:
         The mean loss of the last tenth of the steps.
     """
-    steps = size.steps(run.start)
+    steps = size.steps(run)
     optimizer = torch.optim.AdamW(_parameter_groups(model), lr=LEARNING_RATES[run.start], betas=(0.9, 0.98), eps=1e-6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(step, steps, size.warmup))
     weight, begin = loss.fine_grained_weight, round(run.delay * steps)
@@ -111,6 +122,8 @@ def train(
         outputs = model(normalize(images[batch].float() / 255).to(size.device), texts[batch].to(size.device))
         if run.shuffled:
             outputs["patch_features"] = outputs["patch_features"].roll(1, dims=0)
+        if regions is not None:
+            outputs["region_mask"] = _of_batch(regions, batch).to(size.device)
         value = loss(**outputs)
         optimizer.zero_grad()
         value.backward()
@@ -121,6 +134,19 @@ def train(
         losses.append(value.item())
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
+
+
+@cache
+def _regions(count: int, grid: tuple[int, int], length: int) -> Tensor | None:
+    return region_masks(count, grid, length) if count else None
+
+
+def _of_batch(regions: Tensor, batch: Tensor) -> Tensor:
+    """The regions of the pairs in a batch; all of the image where there are none."""
+    known = batch < len(regions)
+    masks = torch.ones(len(batch), *regions.shape[1:], dtype=torch.bool)
+    masks[known] = regions[batch[known]]
+    return masks
 
 
 @cache

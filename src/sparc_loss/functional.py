@@ -140,11 +140,7 @@ def sequence_contrastive_loss(
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
     check_choice("reduction", reduction, REDUCTIONS)
     cosine = _einsum(_l2_normalised(grouped), _l2_normalised(token_features), "b j d, b k d -> b j k")
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
-        logit_scale = logit_scale.reshape(()).to(cosine)
-    logits = cosine * logit_scale
+    logits = cosine * _one_element(logit_scale, cosine)
 
     both_count = rearrange(token_mask, "b j -> b j 1") & rearrange(token_mask, "b k -> b 1 k")
     # The lowest finite number, not -inf: rows of masked tokens would become NaN, and NaN * 0 is NaN.
@@ -204,6 +200,83 @@ def fine_grained_loss(
     return sequence_contrastive_loss(grouped, token_features, token_mask, logit_scale, reduction)
 
 
+def image_contrastive_loss(
+    patch_features: Tensor,
+    token_features: Tensor,
+    token_mask: Tensor,
+    logit_scale: Tensor | float,
+    image_negatives: int,
+    *,
+    threshold: float | None = None,
+    alignment: Alignment = "sparse",
+    patch_mask: Tensor | None = None,
+    region_mask: Tensor | None = None,
+) -> Tensor:
+    """Contrast of every caption's alignment with its own image against those with K other images; not in the paper.
+
+    The sequence-wise loss can be solved by any image whose patches span the directions of the tokens; this one
+    cannot. A caption scores an image by the mean over its tokens of cos(t_l, c_l), with c_l from that image's patches
+    (Eqs. 2 to 5). The K others are those of the next K pairs of the batch, the first after the last. Cross-entropy
+    over the 1 + K scores * logit_scale, the own image as target; mean over captions.
+
+    A caption without a token that counts, or whose own image has no patch, counts for nothing; an image without a
+    patch is nobody's negative. On another image a token may use every patch: `region_mask` knows only the own one.
+
+    Args:
+        patch_features: [B, P, D], not normalised.
+        token_features: [B, L, D], not normalised.
+        token_mask: bool [B, L], True for the tokens that count.
+        logit_scale: 1/tau, a number or a tensor of one element.
+        image_negatives: K, 1 to B - 1.
+        threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
+        alignment: "sparse", "dense" or "softmax", see `alignment_weights`.
+        patch_mask: bool [B, P], False for padding patches.
+        region_mask: bool [B, L, P], True for the patches of its own image that a token may use.
+
+    Returns:
+        Scalar, float32 (float64 if a feature is); 0, still attached to the graph, if no caption counts.
+
+    Raises:
+        TypeError: features not floating point, a mask not bool, a threshold or number that is none.
+        ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment, K outside 1 to B - 1.
+    """
+    check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
+    batch = len(patch_features)
+    check_negatives(image_negatives, batch)
+    countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+    tokens = _l2_normalised(token_features)
+    logits = []
+    for k in range(1 + image_negatives):
+        # Not roll, which fails for float16 under autocast.
+        others = torch.arange(k, k + batch, device=patch_features.device) % batch
+        patches = patch_features[others]
+        mask = None if patch_mask is None else patch_mask[others]
+        similarity = token_patch_similarity(token_features, patches)
+        weights = alignment_weights(similarity, threshold, alignment, mask, region_mask if k == 0 else None)
+        grouped = _l2_normalised(language_grouped_embeddings(weights, patches))
+        cosine = _einsum(grouped, tokens, "b l d, b l d -> b l").where(countable, 0)
+        score = cosine.sum(dim=-1) / countable.sum(dim=-1).clamp(min=1) * _one_element(logit_scale, cosine)
+        if mask is not None and k > 0:
+            score = score.where(mask.any(dim=-1), -torch.inf)
+        logits.append(score)
+    captions = countable.any(dim=-1)
+    loss = (torch.stack(logits).logsumexp(dim=0) - logits[0]).where(captions, 0)
+    return loss.sum() / captions.sum().clamp(min=1)
+
+
+def check_negatives(image_negatives: int, batch: int | None = None) -> None:
+    """Raise unless it is a number of negatives, and the batch has so many other images for each caption."""
+    if isinstance(image_negatives, bool) or not isinstance(image_negatives, int):
+        raise TypeError(f"image_negatives is {image_negatives!r} ({type(image_negatives).__name__}); expected an int")
+    if image_negatives < 1:
+        raise ValueError(f"image_negatives is {image_negatives}; expected at least 1 (0 in SparcLoss turns it off)")
+    if batch is not None and image_negatives >= batch:
+        raise ValueError(
+            f"image_negatives is {image_negatives} with {batch} images in this process's batch; expected at most "
+            f"{batch - 1}: an image has no negatives but the others"
+        )
+
+
 def countable_tokens(
     token_features: Tensor,
     patch_features: Tensor,
@@ -252,6 +325,14 @@ def _l2_normalised(features: Tensor) -> Tensor:
     features = features / largest.masked_fill(is_zero, 1)
     # The norm of a zero vector has no second derivative: let it have the norm of another.
     return features / torch.linalg.vector_norm(features.masked_fill(is_zero, 1), dim=-1, keepdim=True)
+
+
+def _one_element(logit_scale: Tensor | float, like: Tensor) -> Tensor | float:
+    if not isinstance(logit_scale, Tensor):
+        return logit_scale
+    if logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
+    return logit_scale.reshape(()).to(like)
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

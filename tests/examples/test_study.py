@@ -6,12 +6,28 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
+from torch.nn import functional as F
 
 from examples.digit_scenes.measures import MEASURES
+from examples.digit_scenes.scenes import generate_scene
 from examples.study import study
-from examples.study.plan import GRID, LEARNING_RATES, SEEDS, SIZES, VARIANTS, Run, clip_run, final_runs, tuning_runs
+from examples.study.cures import CURES, region_masks
+from examples.study.plan import (
+    GRID,
+    IMAGE_VARIANTS,
+    LEARNING_RATES,
+    PLANS,
+    SEEDS,
+    SIZES,
+    VARIANTS,
+    Run,
+    clip_run,
+    final_runs,
+    tuning_runs,
+)
 from examples.study.report import markdown_tables, write_report
 from examples.study.training import Folders, execute, make_loss
+from sparc_loss import functional
 
 needs_tokenizer = pytest.mark.skipif(
     open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on"
@@ -38,8 +54,12 @@ def warm(**changes) -> Run:
 
 class TestPlan:
     def test_every_run_has_a_file_name_of_its_own(self):
-        runs = tuning_runs() + final_runs(CHOSEN)
+        runs = {run for plan in PLANS for run in [*tuning_runs(), *final_runs(CHOSEN, plan)]}
         assert len({run.name for run in runs}) == len(runs)
+
+    def test_what_both_plans_train_is_the_same_run(self):
+        both = set(final_runs(CHOSEN)) & set(final_runs(CHOSEN, "image"))
+        assert {run.variant for run in both} == set(VARIANTS) & set(IMAGE_VARIANTS)
 
     def test_every_objective_is_tuned_by_as_many_runs(self):
         families = [run.family for run in tuning_runs()]
@@ -59,13 +79,13 @@ class TestPlan:
             assert run.start == "scratch" or run.origin in runs
             assert run.origin is None or (run.origin.seed, run.origin.pooling) == (run.seed, run.pooling)
 
-    @pytest.mark.parametrize("variant", VARIANTS)
-    def test_every_row_is_a_loss_with_the_chosen_settings(self, variant):
-        run = next(run for run in final_runs(CHOSEN) if run.variant == variant)
+    @pytest.mark.parametrize(("plan", "variant"), [(plan, variant) for plan in PLANS for variant in PLANS[plan]])
+    def test_every_row_is_a_loss_with_its_own_settings_before_the_chosen_ones(self, plan, variant):
+        run = next(run for run in final_runs(CHOSEN, plan) if run.variant == variant)
         loss = make_loss(run)
-        assert loss.global_weight == 0.5
-        assert loss.fine_grained_weight == (0.0 if variant == "CLIP" else 0.3)
-        assert all(getattr(loss, name) == value for name, value in VARIANTS[variant].settings.items())
+        chosen = {} if variant == "CLIP" else {"fine_grained_weight": 0.3, "fine_grained_scale": 10.0}
+        expected = {"global_weight": 0.5, **chosen, **PLANS[plan][variant].settings}
+        assert {name: getattr(loss, name) for name in expected} == expected
 
 
 @needs_tokenizer
@@ -91,6 +111,13 @@ class TestRun:
         losses = [execute(warm(shuffled=shuffled), TINY, folders)["training_loss"] for shuffled in (False, True)]
         assert losses[0] != losses[1]
 
+    def test_boxes_are_another_task_the_more_the_more(self, clip, folders):
+        losses = {execute(warm(boxes=boxes), TINY, folders)["training_loss"] for boxes in (0.0, 0.5, 1.0)}
+        assert len(losses) == 3
+
+    def test_clips_time_is_fewer_steps(self):
+        assert TINY.steps(warm(time=0.5)) == 1
+
     @pytest.mark.parametrize("family", ["filip", "pacl", "gloria", "mgca"])
     def test_the_rivals_train(self, clip, folders, family):
         result = execute(warm(family=family, settings=CHOSEN[family]), TINY, folders)
@@ -99,6 +126,50 @@ class TestRun:
     def test_end_of_text_pooling_trains(self, folders):
         result = execute(clip_run("last", 0), TINY, folders)
         assert result["test"]["phrase_pointing"] >= 0
+
+
+class TestCures:
+    """Each on a batch made by hand, whose loss and gradient are known from the library's functions."""
+
+    @pytest.fixture
+    def outputs(self):
+        generator = torch.Generator().manual_seed(0)
+        features = {
+            "image_features": torch.randn(3, 4, generator=generator),
+            "text_features": torch.randn(3, 4, generator=generator),
+            "patch_features": torch.randn(3, 6, 4, generator=generator, dtype=torch.float64).requires_grad_(),
+            "token_features": torch.randn(3, 5, 4, generator=generator, dtype=torch.float64).requires_grad_(),
+        }
+        return {**features, "logit_scale": torch.tensor(10.0), "token_mask": torch.arange(5).expand(3, 5) < 4}
+
+    @pytest.mark.parametrize("cure", CURES)
+    def test_the_loss_is_sparcs_by_other_weights(self, cure, outputs):
+        loss = make_loss(warm(cure=cure))
+        loss.global_weight = 0
+        patches, tokens = outputs["patch_features"], outputs["token_features"]
+        if cure == "normalized weights":
+            similarity = F.normalize(tokens, dim=-1) @ F.normalize(patches, dim=-1).mT
+        else:
+            similarity = (tokens @ patches.mT).detach()
+        grouped = functional.language_grouped_embeddings(functional.alignment_weights(similarity), patches)
+        expected = functional.sequence_contrastive_loss(grouped, tokens, outputs["token_mask"], 10.0)
+        inputs = (patches, tokens)
+        torch.testing.assert_close(loss(**outputs), expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(loss(**outputs), inputs), torch.autograd.grad(expected, inputs), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_words_of_an_object_may_use_the_patches_of_its_box_and_others_all(self):
+        masks = region_masks(5, (8, 8), 32)
+        for index, mask in enumerate(masks):
+            scene = generate_scene("train", index)
+            told = {word: each.box for each in scene.objects for word in each.words.values()}
+            for position in range(32):
+                left, top, right, bottom = told.get(position, (0, 0, 64, 64))
+                for patch in range(64):
+                    row, column = patch // 8 * 8 + 4, patch % 8 * 8 + 4
+                    assert mask[position, patch] == (top <= row < bottom and left <= column < right)
 
 
 @needs_tokenizer

@@ -77,6 +77,8 @@ def test_the_global_loss_is_what_open_clip_makes_of_the_flags(flags, global_loss
         ("--sparc-alignment=hard", "argument --sparc-alignment: invalid choice: 'hard'"),
         ("--sparc-reduction=mean", "argument --sparc-reduction: invalid choice: 'mean'"),
         ("--sparc-tokens=none", "argument --sparc-tokens: invalid choice: 'none'"),
+        ("--sparc-image-negatives=0", "argument --sparc-image-negatives: '0' given; expected a whole number of"),
+        ("--sparc-image-contrastive-weight=-1", "argument --sparc-image-contrastive-weight: '-1' given; expected"),
         ("--sparc-show-every=0", "argument --sparc-show-every: '0' given; expected a whole number of at least 1"),
         ("--sparc-show-every=1.5", "argument --sparc-show-every: '1.5' given; expected a whole number of at least 1"),
     ],

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from sparc_loss import SparcLoss
-from sparc_loss.functional import fine_grained_loss
+from sparc_loss.functional import fine_grained_loss, image_contrastive_loss
 from sparc_loss.losses.sparc import IMPLEMENTATIONS
 
 B, P, L, D = 3, 6, 4, 5
@@ -70,6 +70,42 @@ def test_is_the_weighted_sum_of_clip_loss_and_fine_grained_loss(outputs: dict[st
 
 def test_default_weights_are_the_papers(outputs: dict[str, Tensor]) -> None:
     assert_close(SparcLoss()(**outputs), 0.5 * contrastive(outputs) + fine_grained(outputs))
+
+
+def test_image_negatives_add_a_term_with_a_weight_and_the_scale_of_the_fine_grained_half(
+    outputs: dict[str, Tensor],
+) -> None:
+    loss = SparcLoss(image_negatives=2, image_contrastive_weight=0.7, threshold=0.5, fine_grained_scale=4.0)
+    terms = loss(**outputs, output_dict=True)
+    features = (outputs[name] for name in ("patch_features", "token_features", "token_mask"))
+    assert_close(terms["image_contrastive_loss"], 0.7 * image_contrastive_loss(*features, 4.0, 2, threshold=0.5))
+    without = SparcLoss(threshold=0.5, fine_grained_scale=4.0)(**outputs, output_dict=True)
+    assert list(terms) == [*without, "image_contrastive_loss"]
+    assert all(torch.equal(terms[name], without[name]) for name in without)
+
+
+def test_image_negatives_need_no_sequence_wise_half(outputs: dict[str, Tensor]) -> None:
+    terms = SparcLoss(fine_grained_weight=0, image_negatives=1)(**outputs, output_dict=True)
+    assert terms["fine_grained_loss"] == 0
+    assert terms["image_contrastive_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"image_negatives": -1}, ValueError, "image_negatives is -1; expected at least 1 (0 in SparcLoss"),
+        ({"image_negatives": 2.0}, TypeError, "image_negatives is 2.0 (float); expected an int"),
+        ({"image_contrastive_weight": -1}, ValueError, "image_contrastive_weight is -1; expected"),
+    ],
+)
+def test_image_negatives_that_make_no_sense_are_refused(option: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        SparcLoss(**option)
+
+
+def test_more_image_negatives_than_the_batch_has_are_refused(outputs: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="image_negatives is 3 with 3 images in this process's batch"):
+        SparcLoss(image_negatives=3)(**outputs)
 
 
 def test_the_dictionary_sums_to_the_scalar(outputs: dict[str, Tensor]) -> None:

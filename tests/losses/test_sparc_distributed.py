@@ -8,7 +8,10 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 from torch.testing import assert_close
-from toy_training import LENGTHS, Setting, train_every_way, train_step, whole_batch
+from toy_training import LENGTHS, LinearModel, Setting, output, train_every_way, train_step, whole_batch
+
+from sparc_loss import SparcLoss
+from sparc_loss.functional import countable_tokens, image_contrastive_loss
 
 # SigLipLoss knows no local_loss.
 LOSSES = [("ClipLoss", False), ("ClipLoss", True), ("SigLipLoss", False)]
@@ -25,12 +28,14 @@ ACCUMULATED = {
     f"{lengths}, {reduction}, accum_freq 3": Setting(lengths, reduction=reduction, accum_freq=3)
     for lengths, reduction in product(LENGTHS, ("token", "sample"))
 }
+# Contrasted on each rank with the rank's own images.
+NEGATIVES = {f"{lengths}, image negatives": Setting(lengths, image_negatives=2) for lengths in LENGTHS}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda number: f"{number} ranks")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """For each rank, what it made of each setting."""
-    settings = SETTINGS | ACCUMULATED | (SHARDED if SHARDS_ON_CPU else {})
+    settings = SETTINGS | ACCUMULATED | NEGATIVES | (SHARDED if SHARDS_ON_CPU else {})
     return run_ranks(train_every_way, request.param, tmp_path_factory.mktemp("ranks"), settings)
 
 
@@ -57,6 +62,36 @@ def test_ranks_equal_one_process(ranks: list[dict[str, dict]], name: str) -> Non
 @pytest.mark.parametrize("name", SHARDED)
 def test_ranks_that_shard_the_parameters_equal_one_process(ranks: list[dict[str, dict]], name: str) -> None:
     assert_equal_one_process(ranks, name, SHARDED[name])
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_image_negatives_on_ranks_equal_one_process_that_contrasts_within_each_ranks_part(
+    ranks: list[dict[str, dict]], name: str
+) -> None:
+    batch, model = whole_batch(NEGATIVES[name].lengths, len(ranks)), LinearModel(siglip=False)
+    outputs = output(model, batch)
+    captions = countable_tokens(
+        *(outputs[key] for key in ("token_features", "patch_features", "token_mask")),
+        region_mask=outputs["region_mask"],
+    ).any(dim=1)
+    total = SparcLoss()(**outputs)
+    local = ("patch_features", "token_features", "token_mask", "region_mask")
+    for part in torch.arange(len(captions)).chunk(len(ranks)):
+        patches, tokens, mask, regions = (outputs[key][part] for key in local)
+        loss = image_contrastive_loss(patches, tokens, mask, outputs["logit_scale"], 2, region_mask=regions)
+        total = total + loss * captions[part].sum() / captions.sum().clamp(min=1)
+    total.backward()
+    assert_close(sum(each[name]["loss"] for each in ranks) / len(ranks), total.detach(), rtol=1e-10, atol=1e-10)
+    for parameter, value in model.named_parameters():
+        for each in ranks:
+            assert_close(each[name][parameter], value.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_accumulated_parts_contrast_with_the_images_of_the_whole_batch() -> None:
+    setting = Setting("very different lengths", wrapper="none", accum_freq=3, image_negatives=4)
+    result = train_step(setting, whole_batch(setting.lengths, 2))
+    assert_close(result["loss"], on_one_process(setting, 2)["loss"], rtol=1e-10, atol=1e-10)
+    assert_accumulated(result, on_one_process(setting, 2), setting.accum_freq)
 
 
 def assert_accumulated(result: dict[str, Tensor], expected: dict[str, Tensor], accum_freq: int) -> None:

@@ -47,6 +47,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_scale_and_tokens(group, "sparc")
     group.add_argument(
+        "--sparc-image-negatives",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="contrast each caption's alignment with its own image against those with K other images of the batch; "
+        "not in the paper (default: off)",
+    )
+    group.add_argument(
+        "--sparc-image-contrastive-weight",
+        type=number(minimum=0),
+        default=1.0,
+        metavar="X",
+        help="weight of that contrast (default: %(default)s)",
+    )
+    group.add_argument(
         "--sparc-show-every",
         type=_count,
         default=0,
@@ -71,6 +86,8 @@ def create_loss(args: Namespace) -> SparcLoss:
         threshold=args.sparc_threshold,
         alignment=args.sparc_alignment,
         reduction=args.sparc_reduction,
+        image_negatives=args.sparc_image_negatives,
+        image_contrastive_weight=args.sparc_image_contrastive_weight,
         **shared_settings(args, "sparc"),
     )
 

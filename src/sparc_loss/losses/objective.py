@@ -120,30 +120,31 @@ class Objective(nn.Module):
         )
         further = self._taken_from(others)
         terms = self._global_terms(image_features, text_features, logit_scale, logit_bias, others)
+        outputs = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": logit_scale if self.fine_grained_scale is None else self.fine_grained_scale,
+            "patch_features": patch_features,
+            "token_features": token_features,
+            "token_mask": token_mask,
+            "patch_mask": patch_mask,
+            "region_mask": region_mask,
+            **further,
+        }
         if self.fine_grained_weight == 0:
             term = patch_features.new_zeros((), dtype=torch.float32) + zero_of(*further.values())
         else:
-            term = self.fine_grained_weight * self.fine_grained_term(
-                image_features=image_features,
-                text_features=text_features,
-                logit_scale=logit_scale if self.fine_grained_scale is None else self.fine_grained_scale,
-                patch_features=patch_features,
-                token_features=token_features,
-                token_mask=token_mask,
-                patch_mask=patch_mask,
-                region_mask=region_mask,
-                **further,
-            )
+            term = self.fine_grained_weight * self.fine_grained_term(**outputs)
         terms["fine_grained_loss"] = term
-        terms.update(self.further_terms(**further))
+        terms.update(self.further_terms(**outputs))
         return terms if output_dict else sum(terms.values())
 
     def fine_grained_term(self, **outputs: Tensor | float | None) -> Tensor:
         """The fine-grained loss before its weight, a scalar; `outputs` are forward's, with the term's own scale."""
         raise NotImplementedError
 
-    def further_terms(self, **further: Tensor) -> dict[str, Tensor]:
-        """Weighted terms of the objective beside the other two, by name, from its `further_inputs`."""
+    def further_terms(self, **outputs: Tensor | float | None) -> dict[str, Tensor]:
+        """Weighted terms of the objective beside the other two, by name; `outputs` as for `fine_grained_term`."""
         return {}
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from sparc_loss.functional import (
     REDUCTIONS,
     Alignment,
     Reduction,
+    check_negatives,
     countable_tokens,
 )
 from sparc_loss.losses.objective import Objective
@@ -35,6 +36,9 @@ class SparcLoss(Objective):
         alignment: "sparse" (the paper), "dense" (no Eq. 3) or "softmax" (over patches, instead of Eqs. 2-4).
         reduction: "token" (the paper's Listing 1) or "sample" (its Eq. 6).
         fine_grained_scale: 1/tau of the fine-grained half; None shares the model's learned `logit_scale` (the paper).
+        image_negatives: K; contrasts each caption's alignment with its own image against those with K other images of
+            this process's batch (`functional.image_contrastive_loss`). 0 is the paper.
+        image_contrastive_weight: of that term.
         implementation: "eager" takes the plain functions of `sparc_loss.functional`, differentiable to any order and
             compiled without a graph break; "fused" takes `sparc_loss.fused`, cheaper, with first derivatives only and
             a graph break under torch.compile. "auto" takes "fused" on CPU and CUDA outside torch.compile, else
@@ -56,7 +60,16 @@ class SparcLoss(Objective):
         >>> parts = loss(**model(images, texts), output_dict=True)   # doctest: +SKIP
     """
 
-    settings = ("global_weight", "fine_grained_weight", "threshold", "alignment", "reduction", "fine_grained_scale")
+    settings = (
+        "global_weight",
+        "fine_grained_weight",
+        "threshold",
+        "alignment",
+        "reduction",
+        "fine_grained_scale",
+        "image_negatives",
+        "image_contrastive_weight",
+    )
 
     def __init__(
         self,
@@ -66,6 +79,8 @@ class SparcLoss(Objective):
         alignment: Alignment = "sparse",
         reduction: Reduction = "token",
         fine_grained_scale: float | None = None,
+        image_negatives: int = 0,
+        image_contrastive_weight: float = 1.0,
         implementation: str = "auto",
         global_loss: nn.Module | None = None,
         local_loss: bool = False,
@@ -90,10 +105,15 @@ class SparcLoss(Objective):
         check_choice("alignment", alignment, ALIGNMENTS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("implementation", implementation, IMPLEMENTATIONS)
+        check_number("image_contrastive_weight", image_contrastive_weight, 0)
+        if image_negatives != 0:
+            check_negatives(image_negatives)
 
         self.threshold = threshold
         self.alignment = alignment
         self.reduction = reduction
+        self.image_negatives = image_negatives
+        self.image_contrastive_weight = image_contrastive_weight
         self.implementation = implementation
         self._logged: str | None = None
 
@@ -122,12 +142,39 @@ class SparcLoss(Objective):
             region_mask=region_mask,
         )
         if self.reduction == "token" and self.world_size > 1:
-            # A rank's own mean becomes its share of the mean over all ranks: divide by the mean number of tokens.
-            here = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask).sum()
-            everywhere = here.clone()
-            dist.all_reduce(everywhere)
-            loss = loss * here * self.world_size / everywhere.clamp(min=1)
+            countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+            loss = _mean_over_all(loss, countable.sum(), self.world_size)
         return loss
+
+    def further_terms(
+        self,
+        *,
+        logit_scale: Tensor | float,
+        patch_features: Tensor,
+        token_features: Tensor,
+        token_mask: Tensor,
+        patch_mask: Tensor | None,
+        region_mask: Tensor | None,
+        **_: Tensor,
+    ) -> dict[str, Tensor]:
+        """The contrast with other images, so scaled that the mean over ranks is that over the captions of all."""
+        if self.image_negatives == 0:
+            return {}
+        loss = functional.image_contrastive_loss(
+            patch_features,
+            token_features,
+            token_mask,
+            logit_scale,
+            self.image_negatives,
+            threshold=self.threshold,
+            alignment=self.alignment,
+            patch_mask=patch_mask,
+            region_mask=region_mask,
+        )
+        if self.world_size > 1:
+            countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+            loss = _mean_over_all(loss, countable.any(dim=1).sum(), self.world_size)
+        return {"image_contrastive_loss": self.image_contrastive_weight * loss}
 
     def _fuses(self, patch_features: Tensor) -> bool:
         if self.implementation != "auto":
@@ -141,6 +188,13 @@ class SparcLoss(Objective):
             self._logged = choice
             _log_choice(choice, f"on {device}")
         return choice == "fused"
+
+
+def _mean_over_all(mean_here: Tensor, here: Tensor, world_size: int) -> Tensor:
+    """A rank's mean over its number `here` as its share of the mean over all ranks: divided by their mean number."""
+    everywhere = here.clone()
+    dist.all_reduce(everywhere)
+    return mean_here * here * world_size / everywhere.clamp(min=1)
 
 
 # Runs once while a graph is traced, instead of breaking it.
