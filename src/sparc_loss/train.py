@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         check_version(open_clip.__version__)
         from open_clip_train.params import parse_args as open_clip_parse_args
 
-        from sparc_loss.integration.open_clip_3 import hooked
+        from sparc_loss.integration.hooks import hooked
     except ImportError as error:
         parser.error(f"open_clip's training cannot be imported ({error}); pip install 'sparc-loss[train]'")
     except UntestedVersionError as error:
@@ -104,7 +104,7 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
         )
     if args.loss != BUILT_IN:
         for flag in ("torchscript", "trace"):
-            if getattr(args, flag):
+            if getattr(args, flag, False):  # open_clip 4 has neither
                 parser.error(
                     f"argument --{flag}: not with --loss {args.loss}; "
                     "a TorchScript model cannot return what a loss plug-in asks of it"
@@ -145,7 +145,10 @@ def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> Non
         path = folder / LATEST_CHECKPOINT_NAME if args.save_most_recent else get_latest_checkpoint(str(folder), False)
         if path is None or not Path(path).exists():
             return  # open_clip then starts from the beginning
-    elif not Path(path).is_file():
+    is_sharded = Path(path, ".metadata").is_file()  # a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
+    if is_sharded:
+        return
+    if not Path(path).is_file():
         parser.error(f"argument --resume: there is no file {path!r}; expected a checkpoint, or latest")
     if not zipfile.is_zipfile(path):  # what torch.save has written since 1.6; the end of a file tells that it is whole
         try:

@@ -59,7 +59,7 @@ def test_a_patch_embedding_is_the_pooled_feature_of_that_patch_alone(model: CLIP
 
 def test_the_pooled_feature_is_the_towers_own_bit_for_bit(model: CLIP) -> None:
     images = images_for(model)
-    pooled, _, _ = forward_with_patches(model.visual, images)
+    pooled, _, _, _ = forward_with_patches(model.visual, images)
     assert torch.equal(pooled, model.visual(images))
 
 

@@ -5,6 +5,7 @@ knows how. So checkpoints load in plain open_clip and the other way round, and w
 logit_scale, locking towers, gradient checkpointing, isinstance) finds what it expects.
 """
 
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -14,29 +15,32 @@ from torch.nn import functional as F
 
 from sparc_loss.embeddings.text import check_text_tower, forward_with_tokens
 from sparc_loss.embeddings.token_mask import Tokens, check_tokens, token_conventions
-from sparc_loss.embeddings.vision import check_vision_tower, forward_with_patches
+from sparc_loss.embeddings.vision import Images, check_vision_tower, forward_with_patches
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# From open_clip 4 on its CoCaTask makes the labels, and cuts the logits to them.
+COCA_OUTPUTS_LABELS = "output_labels" in inspect.signature(CoCa.forward).parameters
 
 
 class Surfaced:
     """What a surfaced model does beyond its open_clip class; mixed in before that class."""
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+    def forward(self, image: Images | None = None, text: Tensor | None = None) -> Any:
         """In training mode, open_clip's output dictionary with three more entries; else open_clip's own forward.
 
         Args:
-            image: [B, 3, H, W].
+            image: [B, 3, H, W], or NaFlex patches (`sparc_loss.embeddings.vision.Images`).
             text: token ids [B, L].
 
         Returns:
             In training mode, given both: image_features and text_features [B, D], L2-normalised; logit_scale, and
             logit_bias if the model has one; patch_features [B, P, D] and token_features [B, L, D], not normalised;
-            token_mask bool [B, L].
+            token_mask bool [B, L]. A fourth entry for NaFlex patches: patch_mask bool [B, P], False for padding.
         """
         if not self.training or image is None or text is None:
             return super().forward(image, text)
-        image_features, patch_features, _ = forward_with_patches(self.visual, image)
+        image_features, patch_features, _, patch_mask = forward_with_patches(self.visual, image)
         text_features, token_features = forward_with_tokens(self, text)
         output = {
             "image_features": F.normalize(image_features, dim=-1),
@@ -44,22 +48,27 @@ class Surfaced:
             "logit_scale": self.logit_scale.exp(),
         }
         if self.logit_bias is not None:
-            output["logit_bias"] = self.logit_bias
-        return output | self._embeddings(patch_features, token_features, text)
+            # Not the parameter itself: FSDP2 frees it after the forward pass, before the loss.
+            output["logit_bias"] = self.logit_bias.clone()
+        return output | self._embeddings(patch_features, patch_mask, token_features, text)
 
-    def _embeddings(self, patch_features: Tensor, token_features: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    def _embeddings(
+        self, patch_features: Tensor, patch_mask: Tensor | None, token_features: Tensor, texts: Tensor
+    ) -> dict[str, Tensor]:
         return {
             "patch_features": patch_features,
             "token_features": token_features,
             "token_mask": self._token_conventions.mask(texts, self._tokens),
+            **({} if patch_mask is None else {"patch_mask": patch_mask}),
         }
 
-    def encode_patches(self, images: Tensor, normalize: bool = False) -> tuple[Tensor, tuple[int, int]]:
+    def encode_patches(self, images: Images, normalize: bool = False) -> tuple[Tensor, tuple[int, int] | None]:
         """Patch embeddings [B, P, D] of images [B, 3, H, W], row by row, and the grid's (height, width).
 
         In any mode. With patch dropout, in training mode, P is what is left of height * width, in the order drawn.
+        Of NaFlex patches, in the order given and padding among them, the grid is None.
         """
-        _, patches, grid = forward_with_patches(self.visual, images)
+        _, patches, grid, _ = forward_with_patches(self.visual, images)
         return F.normalize(patches, dim=-1) if normalize else patches, grid
 
     def encode_tokens(self, texts: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
@@ -85,11 +94,11 @@ class SurfacedCoCa(Surfaced, CoCa):
 
     def forward(
         self,
-        image: Tensor,
+        image: Images | None = None,
         text: Tensor | None = None,
         image_latent: Tensor | None = None,
         image_embs: Tensor | None = None,
-        output_labels: bool = True,
+        output_labels: bool = COCA_OUTPUTS_LABELS,
     ) -> dict[str, Tensor]:
         """In training mode, CoCa's output dictionary with three more entries; else open_clip's own forward.
 
@@ -98,15 +107,16 @@ class SurfacedCoCa(Surfaced, CoCa):
             text: token ids [B, L].
             image_latent: with `image_embs`, what an earlier pass gave for `image` (generation); left to open_clip.
             image_embs: see `image_latent`.
-            output_labels: whether to return the labels of the captioning loss, and logits for them alone.
+            output_labels: whether to return the labels of the captioning loss, and logits for them alone; open_clip 3.
 
         Returns:
             In training mode, given image and text: CoCa's own entries (open_clip/coca_model.py, CoCa.forward), then
             patch_features [B, P, D] and token_features [B, L, D], not normalised, and token_mask bool [B, L].
         """
-        if not self.training or text is None or image_latent is not None:
-            return CoCa.forward(self, image, text, image_latent, image_embs, output_labels)
-        (image_latent, image_embs), patch_features, _ = forward_with_patches(self.visual, image)
+        if not self.training or image is None or text is None or image_latent is not None:
+            labels = {"output_labels": output_labels} if COCA_OUTPUTS_LABELS else {}
+            return CoCa.forward(self, image, text, image_latent, image_embs, **labels)
+        (image_latent, image_embs), patch_features, _, patch_mask = forward_with_patches(self.visual, image)
         (text_latent, token_embs), token_features = forward_with_tokens(self, text)
         output = {
             "image_features": F.normalize(image_latent, dim=-1),
@@ -117,8 +127,8 @@ class SurfacedCoCa(Surfaced, CoCa):
         if output_labels:
             output["labels"] = text[:, 1:]
         if self.logit_bias is not None:
-            output["logit_bias"] = self.logit_bias
-        return output | self._embeddings(patch_features, token_features, text)
+            output["logit_bias"] = self.logit_bias.clone()
+        return output | self._embeddings(patch_features, patch_mask, token_features, text)
 
 
 SURFACED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {

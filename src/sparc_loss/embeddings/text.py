@@ -12,6 +12,11 @@ from open_clip.hf_model import ClsPooler, HFTextEncoder, MaxPooler
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
+try:
+    from open_clip.transformer import ModernTextTransformer
+except ImportError:  # open_clip before 4
+    ModernTextTransformer = ()
+
 
 def forward_with_tokens(model: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
     """One pass of the model's text tower over token ids [B, L].
@@ -24,12 +29,14 @@ def forward_with_tokens(model: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
         return _clip_text(model, texts)
     if isinstance(model.text, TextTransformer):
         return _text_transformer(model.text, texts)
+    if isinstance(model.text, ModernTextTransformer):
+        return _modern_text_transformer(model.text, texts)
     return _hf_text_encoder(model.text, texts)
 
 
 def check_text_tower(model: nn.Module) -> None:
     """Raise TypeError, naming the tower, unless its token embeddings are known."""
-    if isinstance(model, CLIP) or isinstance(model.text, TextTransformer):
+    if isinstance(model, CLIP) or isinstance(model.text, (TextTransformer, ModernTextTransformer)):
         return
     found = type(model.text).__name__
     if isinstance(model.text, HFTextEncoder):
@@ -37,8 +44,8 @@ def check_text_tower(model: nn.Module) -> None:
             return
         found = "HFTextEncoder with a max_pooler, whose forward fails in open_clip itself"
     raise TypeError(
-        f"model.text is a {found}; token embeddings are known for CLIP's own text tower, TextTransformer, and "
-        "HFTextEncoder with a mean_pooler, cls_pooler or cls_last_hidden_state_pooler"
+        f"model.text is a {found}; token embeddings are known for CLIP's own text tower, TextTransformer, "
+        "ModernTextTransformer and HFTextEncoder with a mean_pooler, cls_pooler or cls_last_hidden_state_pooler"
     )
 
 
@@ -63,6 +70,15 @@ def _text_transformer(text: TextTransformer, texts: Tensor) -> tuple[Any, Tensor
         pooled = _pool(tokens, texts, text.pool_type, getattr(text, "eos_id", None))
     pooled = _project(pooled, text.text_projection)
     return (pooled, states) if text.output_tokens else pooled, _project(tokens, text.text_projection)
+
+
+def _modern_text_transformer(text: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
+    states, valid, _ = text._encode_tokens(texts)
+    states = text.ln_final(states)[:, text.num_reg :]
+    pooled = _project(text.pool(states, text=texts, valid=valid, eos_id=text.eos_id), text.text_projection)
+    # The softmax over a single key is 1: where the pool attends, a token alone gets its value.
+    tokens = text.pool.kv(states).chunk(2, dim=-1)[1] if text.pool.pool_type == "map" else states
+    return (pooled, states) if text.cfg.output_tokens else pooled, _project(tokens, text.text_projection)
 
 
 def _hf_text_encoder(text: HFTextEncoder, texts: Tensor) -> tuple[Any, Tensor]:

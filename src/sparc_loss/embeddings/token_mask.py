@@ -56,7 +56,7 @@ class TokenConventions:
 
 
 def token_conventions(tokenizer: Any) -> TokenConventions:
-    """Read the conventions off an open_clip tokenizer: SimpleTokenizer, HFTokenizer or SigLipTokenizer.
+    """Read the conventions off an open_clip tokenizer: SimpleTokenizer, HFTokenizer, SigLipTokenizer, TikTokenTokenizer.
 
     Special are the tokenizer's own `all_special_ids`, less the unknown word's, and what it writes around an empty
     caption.
@@ -65,16 +65,19 @@ def token_conventions(tokenizer: Any) -> TokenConventions:
         TypeError: neither `sot_token_id` and `eot_token_id` nor a Hugging Face `tokenizer` in it; or one without a
             padding token.
     """
-    if hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "eot_token_id"):
-        start_id, end_id = tokenizer.sot_token_id, tokenizer.eot_token_id
-        special_ids = {start_id, end_id, *getattr(tokenizer, "all_special_ids", ())}
-        return TokenConventions(special_ids=tuple(sorted(special_ids)), end_id=end_id)
-
     hf_tokenizer = getattr(tokenizer, "tokenizer", None)
+    # From open_clip 4 on HFTokenizer has these two as well.
+    if hf_tokenizer is None and hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "eot_token_id"):
+        start_id, end_id = tokenizer.sot_token_id, tokenizer.eot_token_id
+        special_ids = tuple(sorted({start_id, end_id, *getattr(tokenizer, "all_special_ids", ())}))
+        if getattr(tokenizer, "pad_token_id", None) is not None:  # TikTokenTokenizer, which need not write an end
+            return TokenConventions(special_ids=special_ids, pad_id=tokenizer.pad_token_id)
+        return TokenConventions(special_ids=special_ids, end_id=end_id)
+
     if not hasattr(hf_tokenizer, "pad_token_id"):
         raise TypeError(
             f"tokenizer is a {type(tokenizer).__name__}; expected what open_clip.get_tokenizer returns "
-            "(SimpleTokenizer, HFTokenizer or SigLipTokenizer)"
+            "(SimpleTokenizer, HFTokenizer, SigLipTokenizer or TikTokenTokenizer)"
         )
     pad_id = hf_tokenizer.pad_token_id
     if pad_id is None:

@@ -18,33 +18,47 @@ from timm.models import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+try:
+    from timm.models import NaFlexVit
+except ImportError:  # timm before 1.0.16
+    NaFlexVit = ()
+
+Images = Tensor | dict[str, Any]
+"""Images [B, 3, H, W]; or NaFlex patches, as open_clip_train's collator has them, of images of any size: patches
+[B, P, values of a patch], patch_coord [B, P, 2] (row, column), and patch_valid bool [B, P], False for padding."""
 SEQUENCE_TRUNKS = (TimmVisionTransformer, VisionTransformerRelPos, Eva)  # [B, tokens, C], prefix tokens first
 MAP_TRUNKS = (ConvNeXt, FastVit, SwinTransformer)  # [B, C, H, W], or [B, H, W, C] if output_fmt says NHWC
 
 
-def forward_with_patches(visual: nn.Module, images: Tensor) -> tuple[Any, Tensor, tuple[int, int]]:
-    """One pass of the tower over images [B, 3, H, W].
+Passed = tuple[Any, Tensor, tuple[int, int] | None, Tensor | None]
+
+
+def forward_with_patches(visual: nn.Module, images: Images) -> Passed:
+    """One pass of the tower over images [B, 3, H, W], or over NaFlex patches where the tower is a NaFlexVit.
 
     Returns:
         What `visual(images)` returns: the pooled feature [B, D], or it and CoCa's image tokens.
         The patch embeddings [B, P, D], row by row over the grid; class and register tokens are left out.
-        The grid's (height, width). With patch dropout, in training mode, P is what is left of height * width, in the
-        order of the draw.
+        The grid's (height, width); None for NaFlex patches, which stand where patch_coord says. With patch dropout,
+        in training mode, P is what is left of height * width, in the order of the draw.
+        The patches that are no padding, bool [B, P], for NaFlex patches; None where all count.
     """
+    if isinstance(visual, TimmModel) and isinstance(visual.trunk, NaFlexVit):
+        return _timm_naflex(visual, images)
     if isinstance(visual, VisionTransformer):
-        return _vision_transformer(visual, images)
+        return *_vision_transformer(visual, images), None
     if isinstance(visual, ModifiedResNet):
-        return _modified_resnet(visual, images)
+        return *_modified_resnet(visual, images), None
     if isinstance(visual.trunk, SEQUENCE_TRUNKS):
-        return _timm_sequence(visual, images)
-    return _timm_map(visual, images)
+        return *_timm_sequence(visual, images), None
+    return *_timm_map(visual, images), None
 
 
 def check_vision_tower(visual: nn.Module) -> None:
     """Raise TypeError, naming the tower, unless its patch embeddings are known."""
     unknown = _unknown_tower(visual)
     if unknown is not None:
-        trunks = ", ".join(trunk.__name__ for trunk in SEQUENCE_TRUNKS + MAP_TRUNKS)
+        trunks = ", ".join([*(trunk.__name__ for trunk in SEQUENCE_TRUNKS + MAP_TRUNKS), "NaFlexVit"])
         raise TypeError(
             f"model.visual is a {unknown}; patch embeddings are known for open_clip's VisionTransformer (pool_type "
             f"'tok' or 'avg', attentional_pool true or false), ModifiedResNet, and timm's {trunks}"
@@ -60,7 +74,7 @@ def _unknown_tower(visual: nn.Module) -> str | None:
         return None if visual.pool_type in ("tok", "avg") else f"VisionTransformer with pool_type {visual.pool_type!r}"
     if not isinstance(visual, TimmModel):
         return type(visual).__name__
-    if not isinstance(visual.trunk, SEQUENCE_TRUNKS + MAP_TRUNKS):
+    if not isinstance(visual.trunk, (*SEQUENCE_TRUNKS, *MAP_TRUNKS, NaFlexVit)):
         return f"TimmModel with a {type(visual.trunk).__name__} trunk"
     if hasattr(visual.head, "pool"):
         return f"TimmModel with a {type(visual.head.pool).__name__} of its own"
@@ -109,13 +123,30 @@ def _timm_sequence(visual: TimmModel, images: Tensor) -> tuple[Tensor, Tensor, t
     trunk = visual.trunk
     states = trunk.forward_features(images)
     pooled = visual.head(trunk.forward_head(states))
+    return pooled, _each_pooled(visual, states), tuple(trunk.patch_embed.dynamic_feat_size(images.shape[-2:]))
+
+
+def _timm_naflex(visual: TimmModel, images: Images) -> Passed:
+    trunk = visual.trunk
+    if not isinstance(images, dict):
+        states = trunk.forward_features(images)
+        pooled = visual.head(trunk.forward_head(states))
+        return pooled, _each_pooled(visual, states), tuple(trunk.embeds.dynamic_feat_size(images.shape[-2:])), None
+    inputs = ("patches", "patch_coord", "patch_valid", "attn_mask")
+    features = trunk.forward_features(**{name: images[name] for name in inputs if name in images})
+    pooled = visual.head(trunk.forward_head(**features))
+    return pooled, _each_pooled(visual, features["patches"]), None, features["patch_valid"]
+
+
+def _each_pooled(visual: TimmModel, states: Tensor) -> Tensor:
+    """The patches among a trunk's states [B, tokens, C], each alone through its pool and head, [B, P, D]."""
+    trunk = visual.trunk
     patches = states[:, trunk.num_prefix_tokens :]
     if getattr(trunk, "attn_pool", None) is not None:
         batch = len(patches)
         patches = trunk.attn_pool(rearrange(patches, "b p c -> (b p) 1 c"))
         patches = rearrange(patches, "(b p) c -> b p c", b=batch)
-    patches = visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(patches))))
-    return pooled, patches, tuple(trunk.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    return visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(patches))))
 
 
 def _timm_map(visual: TimmModel, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -1,82 +1,23 @@
-"""The hooks into open_clip_train of open_clip 3.x: only for the run, only in the names listed in `hooked`."""
+"""What of open_clip_train 3.x the hooks replace: create_loss, and train_one_epoch with its own arguments."""
 
 import functools
 import inspect
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
-import torch
 from open_clip_train import main as open_clip_main
-from torch.nn.parallel import DistributedDataParallel
 
 from sparc_loss.integration.plugin import LossPlugin
 
 
-@contextmanager
-def hooked(
-    parse_args: Callable[[list[str]], Namespace], plugin: LossPlugin | None
-) -> Iterator[Callable[[list[str]], Any]]:
-    """Yield open_clip_train's main function, which then trains with `plugin`; undone on exit.
-
-    Replaced in `open_clip_train.main`: parse_args, by the given function; create_model_and_transforms, whose first
-    model (the second is the teacher of --distill) goes through `plugin.prepare_model`; create_loss, by the plug-in's.
-    An open_clip with the patch from patches/ calls the plug-in itself: there, these two are left.
-    If the plug-in has an `after_epoch`: train_one_epoch, by itself and then that.
-    Replaced in torch.nn.parallel: DistributedDataParallel, by a subclass that drops `device_ids` on the CPU, where
-    open_clip passes some and torch refuses them.
-
-    Args:
-        parse_args: takes main's argument list, returns its namespace with the plug-in's arguments in it.
-        plugin: the loss to train with; None leaves model and loss to open_clip.
-
-    Raises:
-        RuntimeError: the hooks are in place already, in another run of this process.
-    """
-    if hasattr(open_clip_main.parse_args, "__wrapped__"):
-        raise RuntimeError("open_clip_train.main is hooked already; expected one run at a time in a process")
-
-    parsed: list[Namespace] = []
-
-    @functools.wraps(open_clip_main.parse_args)
-    def parse_and_keep(argv: list[str]) -> Namespace:
-        parsed.append(parse_args(argv))
-        return parsed[0]
-
-    names = {"parse_args": parse_and_keep}
-    has_our_patch = hasattr(open_clip_main, "load_loss_plugin")
-    if plugin is not None and not has_our_patch:
-        names["create_model_and_transforms"] = _preparing_first_model(
-            open_clip_main.create_model_and_transforms, lambda model: plugin.prepare_model(model, parsed[0])
-        )
-        names["create_loss"] = functools.wraps(open_clip_main.create_loss)(plugin.create_loss)
-    if hasattr(plugin, "after_epoch"):
-        names["train_one_epoch"] = _followed_by(open_clip_main.train_one_epoch, plugin.after_epoch)
-    with (
-        patch.multiple(open_clip_main, **names),
-        patch.object(torch.nn.parallel, "DistributedDataParallel", _DistributedDataParallel),
-    ):
-        yield open_clip_main.main
+def bringing_in_the_loss(plugin: LossPlugin) -> dict[str, Callable[..., Any]]:
+    """Replacements in `open_clip_train.main`, by name."""
+    return {"create_loss": functools.wraps(open_clip_main.create_loss)(plugin.create_loss)}
 
 
-def _preparing_first_model(create: Callable[..., tuple], prepare: Callable[[Any], Any]) -> Callable[..., tuple]:
-    prepared = False
-
-    @functools.wraps(create)
-    def create_model_and_transforms(*args: Any, **kwargs: Any) -> tuple:
-        nonlocal prepared
-        model, *transforms = create(*args, **kwargs)
-        if not prepared:
-            prepared = True
-            model = prepare(model)
-        return (model, *transforms)
-
-    return create_model_and_transforms
-
-
-def _followed_by(train_one_epoch: Callable[..., None], after_epoch: Callable[..., None]) -> Callable[..., None]:
+def followed_by(after_epoch: Callable[..., None]) -> Callable[..., None]:
+    """train_one_epoch, and then `after_epoch(model, data, epochs done, args, tb_writer)`."""
+    train_one_epoch = open_clip_main.train_one_epoch
     signature = inspect.signature(train_one_epoch)
 
     @functools.wraps(train_one_epoch)
@@ -86,9 +27,3 @@ def _followed_by(train_one_epoch: Callable[..., None], after_epoch: Callable[...
         after_epoch(given["model"], given["data"], given["epoch"] + 1, given["args"], given.get("tb_writer"))
 
     return train_and_follow
-
-
-class _DistributedDataParallel(DistributedDataParallel):
-    def __init__(self, module: torch.nn.Module, device_ids: list[Any] | None = None, **kwargs: Any) -> None:
-        on_cpu = device_ids and torch.device(device_ids[0]).type == "cpu"
-        super().__init__(module, device_ids=None if on_cpu else device_ids, **kwargs)

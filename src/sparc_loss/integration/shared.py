@@ -11,6 +11,11 @@ from torch import nn
 from sparc_loss.embeddings import surface_embeddings
 from sparc_loss.embeddings.token_mask import TOKENS
 
+try:
+    from open_clip.naflex_config import NaFlexDataConfig
+except ImportError:  # open_clip before 4
+    NaFlexDataConfig = None
+
 
 def add_group_with_weights(
     parser: ArgumentParser, name: str, title: str, description: str, global_weight: float
@@ -55,12 +60,19 @@ def surfaced(model: nn.Module, args: Namespace, name: str) -> nn.Module:
     """The model with patch and token embeddings; turns on what exact gradients over several processes need.
 
     Raises:
-        ValueError: a flag of open_clip with which no loss of ours works.
+        ValueError: a flag of open_clip with which no loss of ours works, or --accum-freq where the number of patches
+            or of text tokens changes from batch to batch.
         TypeError: a model that cannot be surfaced.
     """
     for flag in ("torchscript", "trace", "horovod"):
         if getattr(args, flag, False):
             raise ValueError(f"--{flag} is set; expected it off with --loss {name}: {_REFUSED[flag]}")
+    varying = _varying_sizes(model, args)
+    if varying and args.accum_freq > 1:
+        raise ValueError(
+            f"--accum-freq is {args.accum_freq} with {varying}; expected 1 with --loss {name}: open_clip concatenates "
+            "what the model returns for the batches that it accumulates, and patches and tokens differ in number"
+        )
     if args.world_size > 1 and not (args.local_loss and args.gather_with_grad):
         args.local_loss = args.gather_with_grad = True
         if args.rank == 0:
@@ -84,6 +96,16 @@ def shared_settings(args: Namespace, name: str) -> dict[str, Any]:
         "rank": args.rank,
         "world_size": args.world_size,
     }
+
+
+def _varying_sizes(model: nn.Module, args: Namespace) -> str | None:
+    """What of open_clip 4 makes the number of patches or of text tokens change from batch to batch."""
+    if getattr(args, "use_naflex", False) and len(set(args.naflex_seq_lens or NaFlexDataConfig.train_seq_lens)) > 1:
+        return "--use-naflex and several --naflex-seq-lens"
+    # open_clip_train sets args.variable_text from the model, later than this.
+    if getattr(args, "variable_text", False) or getattr(getattr(model, "text", None), "variable_text", False):
+        return "captions of variable length"
+    return None
 
 
 def number(minimum: float, maximum: float = float("inf"), exclusive: bool = False) -> Callable[[str], float]:

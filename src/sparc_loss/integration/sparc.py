@@ -1,8 +1,9 @@
 """Our plug-in: `--loss sparc`. The three functions are the contract of `sparc_loss.integration.plugin`."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from typing import Any
 
+import open_clip
 from torch import nn
 
 from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
@@ -13,6 +14,7 @@ from sparc_loss.integration.shared import (
     shared_settings,
     surfaced,
 )
+from sparc_loss.integration.versions import logs_metrics
 from sparc_loss.losses import SparcLoss
 
 
@@ -69,6 +71,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="draw what words select in a few validation pairs after every N epochs, to the run's folder and to "
         "--report-to (default: never)",
     )
+    group.add_argument(
+        "--sparc-metrics",
+        action=BooleanOptionalAction,
+        help="log fine_grained_accuracy, patches_kept and alignment_entropy of some pairs (default: with open_clip 4 "
+        "and later, whose training can)",
+    )
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
@@ -77,6 +85,11 @@ def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
         from sparc_loss.integration.show_every import check_run
 
         check_run(args)
+    if args.sparc_metrics and not logs_metrics(open_clip.__version__):
+        raise ValueError(
+            f"--sparc-metrics is set; expected it off with open_clip {open_clip.__version__}: its training takes all "
+            "that a loss returns for terms of the loss, and would add them up"
+        )
     return surfaced(model, args, "sparc")
 
 
@@ -88,6 +101,7 @@ def create_loss(args: Namespace) -> SparcLoss:
         reduction=args.sparc_reduction,
         image_negatives=args.sparc_image_negatives,
         image_contrastive_weight=args.sparc_image_contrastive_weight,
+        metrics=logs_metrics(open_clip.__version__) if args.sparc_metrics is None else args.sparc_metrics,
         **shared_settings(args, "sparc"),
     )
 

@@ -105,7 +105,8 @@ class Objective(nn.Module):
 
         Returns:
             Scalar, or {"contrastive_loss": ..., "fine_grained_loss": ..., and the global loss's other terms},
-            already weighted, whose sum is that scalar.
+            already weighted, whose sum is that scalar; and in the dictionary what `metrics_of` adds, which is none of
+            the terms.
 
         Raises:
             TypeError: features not floating point, a mask not bool.
@@ -119,6 +120,13 @@ class Objective(nn.Module):
             token_features=token_features,
         )
         further = self._taken_from(others)
+        local_outputs = {
+            "patch_features": patch_features,
+            "token_features": token_features,
+            "token_mask": token_mask,
+            "patch_mask": patch_mask,
+            "region_mask": region_mask,
+        }
         terms = self._global_terms(image_features, text_features, logit_scale, logit_bias, others)
         outputs = {
             "image_features": image_features,
@@ -137,7 +145,7 @@ class Objective(nn.Module):
             term = self.fine_grained_weight * self.fine_grained_term(**outputs)
         terms["fine_grained_loss"] = term
         terms.update(self.further_terms(**outputs))
-        return terms if output_dict else sum(terms.values())
+        return {**terms, **self.metrics_of(**local_outputs)} if output_dict else sum(terms.values())
 
     def fine_grained_term(self, **outputs: Tensor | float | None) -> Tensor:
         """The fine-grained loss before its weight, a scalar; `outputs` are forward's, with the term's own scale."""
@@ -145,6 +153,10 @@ class Objective(nn.Module):
 
     def further_terms(self, **outputs: Tensor | float | None) -> dict[str, Tensor]:
         """Weighted terms of the objective beside the other two, by name; `outputs` as for `fine_grained_term`."""
+        return {}
+
+    def metrics_of(self, **local_outputs: Tensor | None) -> dict[str, Tensor]:
+        """Detached scalars to log beside the terms, by names that do not end in `_loss`; nothing here."""
         return {}
 
     def extra_repr(self) -> str:

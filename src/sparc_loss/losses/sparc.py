@@ -17,6 +17,7 @@ from sparc_loss.functional import (
     countable_tokens,
 )
 from sparc_loss.losses.objective import Objective
+from sparc_loss.metrics import alignment_metrics
 
 IMPLEMENTATIONS = ("auto", "eager", "fused")
 
@@ -46,6 +47,9 @@ class SparcLoss(Objective):
         global_loss: a module called like open_clip's losses and returning a dict with `contrastive_loss`, such as
             SigLipLoss or CoCaLoss; its other terms pass through unweighted. None makes a ClipLoss.
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
+        metrics: with `output_dict=True`, also return the numbers of `sparc_loss.metrics.alignment_metrics`, which are
+            no terms of the loss and have no gradient: for a loop that sums only the keys ending in `_loss`, as that of
+            open_clip 4, and logs the others.
 
     Raises:
         TypeError: a weight, threshold or scale that is no number.
@@ -88,6 +92,7 @@ class SparcLoss(Objective):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        metrics: bool = False,
     ) -> None:
         super().__init__(
             global_weight=global_weight,
@@ -115,6 +120,7 @@ class SparcLoss(Objective):
         self.image_negatives = image_negatives
         self.image_contrastive_weight = image_contrastive_weight
         self.implementation = implementation
+        self.metrics = metrics
         self._logged: str | None = None
 
     def fine_grained_term(
@@ -175,6 +181,12 @@ class SparcLoss(Objective):
             countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
             loss = _mean_over_all(loss, countable.any(dim=1).sum(), self.world_size)
         return {"image_contrastive_loss": self.image_contrastive_weight * loss}
+
+    def metrics_of(self, **local_outputs: Tensor | None) -> dict[str, Tensor]:
+        """The numbers of `alignment_metrics` where the constructor was asked for them."""
+        if not self.metrics:
+            return {}
+        return alignment_metrics(**local_outputs, threshold=self.threshold, alignment=self.alignment)
 
     def _fuses(self, patch_features: Tensor) -> bool:
         if self.implementation != "auto":

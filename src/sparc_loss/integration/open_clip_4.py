@@ -1,0 +1,70 @@
+"""What of open_clip_train 4.x the hooks replace: create_task, and train_one_epoch with its own arguments.
+
+There a task holds model and loss: it runs both, and training asks it for the terms. So the hook takes the task that
+open_clip makes of its flags and gives it the plug-in's loss.
+"""
+
+import functools
+import inspect
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from open_clip.task import CLIPTask, CoCaTask, DistillCLIPTask, TrainingTask
+from open_clip_train import main as open_clip_main
+from torch import Tensor
+
+from sparc_loss.integration.plugin import LossPlugin
+
+
+def bringing_in_the_loss(plugin: LossPlugin) -> dict[str, Callable[..., Any]]:
+    """Replacements in `open_clip_train.main`, by name."""
+    create_task = open_clip_main.create_task
+
+    @functools.wraps(create_task)
+    def create_task_with_plugin(args: Namespace, *others: Any, **named: Any) -> TrainingTask:
+        return with_loss(create_task(args, *others, **named), lambda: plugin.create_loss(args))
+
+    return {"create_task": create_task_with_plugin}
+
+
+def with_loss(task: TrainingTask, create_loss: Callable[[], Any]) -> TrainingTask:
+    """The task, training with another loss; a CoCaTask hands it all that the model returns.
+
+    Raises:
+        TypeError: a task that does not call a loss with the features of images and texts.
+    """
+    if not isinstance(task, (CLIPTask, CoCaTask, DistillCLIPTask)):
+        raise TypeError(
+            f"open_clip trains this model by a {type(task).__name__}; expected a CLIPTask, SigLIPTask, CoCaTask or "
+            "DistillCLIPTask, which call a loss with the features of images and texts"
+        )
+    if type(task) is CoCaTask:
+        task.__class__ = CoCaTaskWithAllOutputs
+    task.loss = create_loss()
+    return task
+
+
+class CoCaTaskWithAllOutputs(CoCaTask):
+    """open_clip's CoCaTask, which else hands its loss five of the model's outputs by name."""
+
+    def _build_loss_inputs(self, model_out: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+        others = {name: value for name, value in model_out.items() if name != "logit_bias"}  # CoCaLoss knows none
+        return {**others, **super()._build_loss_inputs(model_out, batch)}
+
+
+def followed_by(after_epoch: Callable[..., None]) -> Callable[..., None]:
+    """train_one_epoch, and then `after_epoch(model, data, epochs done, args, tb_writer)`."""
+    train_one_epoch = open_clip_main.train_one_epoch
+    signature = inspect.signature(train_one_epoch)
+
+    @functools.wraps(train_one_epoch)
+    def train_and_follow(*args: Any, **kwargs: Any) -> None:
+        train_one_epoch(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        state = given["state"]
+        after_epoch(
+            state.task.trainable_module, given["data"], state.epoch + 1, given["args"], given.get("tb_writer")
+        )
+
+    return train_and_follow
