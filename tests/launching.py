@@ -81,12 +81,15 @@ def data_flags(folder: Path, *, name: str, epochs: int = 1) -> list[str]:
 def run_python(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run this interpreter with the arguments; output and errors are in `stdout`. On time-out its children end too."""
     command = [sys.executable, *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+    if "PYTHONPATH" in os.environ:  # stays behind the caller's
+        env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([env["PYTHONPATH"], os.environ["PYTHONPATH"]]))
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+        env=env,
         start_new_session=True,
     ) as process:
         try:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from generations import only_open_clip_3
 from launching import (
     COCA_CONFIG,
     MODEL_CONFIG,
@@ -182,6 +183,7 @@ def test_a_missing_csv_is_refused_before_anything_is_written(folder):
     assert not (folder / "logs" / "nothing").exists()
 
 
+@only_open_clip_3
 @pytest.mark.parametrize("flag", ["torchscript", "trace"])
 def test_torchscript_is_refused_with_the_reason(folder, flag):
     line = refusal(*data_flags(folder, name="scripted"), f"--{flag}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from generations import GENERATION, only_open_clip_3
 from open_clip import CLIP, CoCa, CoCaLoss, CustomTextCLIP
 from tiny_models import (
     CUSTOM_TEXT,
@@ -164,7 +165,10 @@ def test_every_parameter_that_trains_in_clip_trains_under_sparc(plain: nn.Module
     inputs = images_for(plain), captions(3)[1:]
     surfaced = surfaced_copy(plain).train()
     global_loss = CoCaLoss(caption_loss_weight=1, clip_loss_weight=1) if isinstance(plain, CoCa) else None
-    SparcLoss(global_loss=global_loss)(**run(surfaced, *inputs)).backward()
+    output = run(surfaced, *inputs)
+    if isinstance(plain, CoCa) and "labels" not in output:  # open_clip 4, whose CoCaTask adds them
+        output |= {"logits": output["logits"][:, :-1], "labels": inputs[1][:, 1:]}
+    SparcLoss(global_loss=global_loss)(**output).backward()
     output = run(plain.train(), *inputs)
     sum(value.sum() for value in output.values()).backward()
     for (name, ours), clips in zip(surfaced.named_parameters(), plain.parameters(), strict=True):
@@ -180,6 +184,7 @@ def test_patch_dropout_leaves_the_pooled_features_alone() -> None:
     assert output["patch_features"].shape == (2, 3, EMBED_DIM)
 
 
+@only_open_clip_3
 @pytest.mark.parametrize("labels", [True, False])
 def test_coca_returns_labels_only_where_asked(labels: bool) -> None:
     plain = coca().train()
@@ -397,8 +402,8 @@ REFUSED_MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     ),
     "a max pooler": (
         lambda folder: hf_clip(folder, "max_pooler"),
-        "model.text is a HFTextEncoder with a max_pooler, whose forward fails in open_clip itself; token embeddings "
-        "are known for CLIP's own text tower, TextTransformer, ModernTextTransformer and HFTextEncoder with a mean_pooler,",
+        "model.text is a HFTextEncoder with a max_pooler, whose forward fails in open_clip 3; token embeddings are "
+        "known for CLIP's own text tower, TextTransformer, ModernTextTransformer and HFTextEncoder with a mean_pooler,",
     ),
     "another library's model": (
         lambda _: nn.Linear(2, 2),
@@ -427,11 +432,14 @@ REFUSED_MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and says much about tracing.
 @pytest.mark.parametrize("name", REFUSED_MODELS)
 def test_a_model_that_is_not_covered_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    if name == "TorchScript, scripted" and GENERATION != 3:
+        pytest.skip("this open_clip cannot be scripted")
     make, message = REFUSED_MODELS[name]
     with pytest.raises(TypeError, match=re.escape(message)):
         surface_embeddings(make(tmp_path), ToyTokenizer())
 
 
+@only_open_clip_3
 def test_what_is_said_of_the_max_pooler_is_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="only supports boolean masks"):
         hf_clip(tmp_path, "max_pooler").encode_text(captions())

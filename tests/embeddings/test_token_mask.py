@@ -12,6 +12,7 @@ import open_clip.tokenizer
 import pytest
 import tiny_tokenizers
 import torch
+from generations import GENERATION
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
@@ -265,6 +266,8 @@ def tokens_of(tokenizer: Any, caption: str) -> str:
 def test_hugging_face_tokenizer(
     hf_tokenizer: Callable[[str], Any], name: str, caption: str, row: str, words: str, everything: str
 ) -> None:
+    if name.endswith("padded left") and GENERATION > 3:
+        pytest.skip("this open_clip pads on the right, whatever the tokenizer")
     tokenizer = hf_tokenizer(name)
     assert tokens_of(tokenizer, caption) == row
     assert mask(tokenizer, caption, "words") == words
@@ -407,8 +410,9 @@ def test_nothing_after_the_end_counts(rows: list[list[int]]) -> None:
 
 def test_open_clips_configurations_ask_for_no_other_tokenizer() -> None:
     """A name that is new here needs a look at what it writes around the words."""
-    texts = [open_clip.get_model_config(name)["text_cfg"] for name in open_clip.list_models()]
-    known = ("roberta-", "xlm-roberta-", "facebook/xlm-v-", "bert-", "google/mt5-", "facebook/nllb-", "timm/ViT-")
+    configs = [open_clip.get_model_config(name) for name in open_clip.list_models()]
+    texts = [config["text_cfg"] for config in configs if "vision_cfg" in config]
+    known = ("Alibaba-NLP/gte-modernbert-", "roberta-", "xlm-roberta-", "facebook/xlm-v-", "bert-", "google/mt5-", "facebook/nllb-", "timm/ViT-")
     assert all(text.get("hf_tokenizer_name", "bert-").startswith(known) for text in texts)
     options = {option for text in texts for option in (text.get("tokenizer_kwargs") or {})}
     assert options <= {"clean", "strip_sep_token"}

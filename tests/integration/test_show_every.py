@@ -211,3 +211,10 @@ def test_validation_data_that_cannot_be_read_fails_before_training(args, monkeyp
     args.val_data = str(tmp_path / "val.csv")
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         show_every.check_run(args)
+
+
+def test_with_sharded_weights_it_is_refused(args, monkeypatch):
+    monkeypatch.setattr(open_clip_main.train_one_epoch, "__wrapped__", None, raising=False)
+    args.fsdp = True
+    with pytest.raises(ValueError, match="--sparc-show-every is set with --fsdp; expected it off: one process draws"):
+        show_every.check_run(args)

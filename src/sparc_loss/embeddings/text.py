@@ -42,7 +42,7 @@ def check_text_tower(model: nn.Module) -> None:
     if isinstance(model.text, HFTextEncoder):
         if not isinstance(model.text.pooler, MaxPooler):
             return
-        found = "HFTextEncoder with a max_pooler, whose forward fails in open_clip itself"
+        found = "HFTextEncoder with a max_pooler, whose forward fails in open_clip 3"
     raise TypeError(
         f"model.text is a {found}; token embeddings are known for CLIP's own text tower, TextTransformer, "
         "ModernTextTransformer and HFTextEncoder with a mean_pooler, cls_pooler or cls_last_hidden_state_pooler"

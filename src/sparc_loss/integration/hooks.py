@@ -1,7 +1,6 @@
 """The hooks into open_clip_train: only for the run, only in the names listed in `hooked`."""
 
 import functools
-import importlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from open_clip_train import main as open_clip_main
 from torch.nn.parallel import DistributedDataParallel
 
 from sparc_loss.integration.plugin import LossPlugin
-from sparc_loss.integration.versions import generation
+from sparc_loss.integration.versions import module_of_generation
 
 
 @contextmanager
@@ -40,9 +39,7 @@ def hooked(
     """
     if hasattr(open_clip_main.parse_args, "__wrapped__"):
         raise RuntimeError("open_clip_train.main is hooked already; expected one run at a time in a process")
-    of_this_generation = importlib.import_module(
-        f"sparc_loss.integration.open_clip_{generation(open_clip.__version__)}"
-    )
+    of_this_generation = module_of_generation(open_clip.__version__)
 
     parsed: list[Namespace] = []
 

@@ -43,7 +43,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
-    """Surface the model's patch and token embeddings and add `mgca_heads`; see `sparc_loss.integration.shared`."""
+    """Surface the model's patch and token embeddings and add `mgca_heads`; see `sparc_loss.integration.shared`.
+
+    Raises:
+        ValueError: --fsdp.
+    """
+    if getattr(args, "fsdp", False):
+        raise ValueError(
+            "--fsdp is set; expected it off with --loss mgca: FSDP2 gathers a checkpoint into a new dict, and what "
+            "travels beside the keys, MGCA's own parameters, would be lost"
+        )
     return add_heads(surfaced(model, args, "mgca"))
 
 

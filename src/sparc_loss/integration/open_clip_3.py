@@ -1,4 +1,4 @@
-"""What of open_clip_train 3.x the hooks replace: create_loss, and train_one_epoch with its own arguments."""
+"""What of open_clip_train 3.x the hooks replace: create_loss, and train_one_epoch with its own arguments; its data."""
 
 import functools
 import inspect
@@ -13,6 +13,12 @@ from sparc_loss.integration.plugin import LossPlugin
 def bringing_in_the_loss(plugin: LossPlugin) -> dict[str, Callable[..., Any]]:
     """Replacements in `open_clip_train.main`, by name."""
     return {"create_loss": functools.wraps(open_clip_main.create_loss)(plugin.create_loss)}
+
+
+def images_and_texts(sample: tuple) -> tuple[Any, Any]:
+    """The two halves of what a dataset or a data loader of open_clip_train gives."""
+    images, texts = sample
+    return images, texts
 
 
 def followed_by(after_epoch: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What of open_clip_train 4.x the hooks replace: create_task, and train_one_epoch with its own arguments.
+"""What of open_clip_train 4.x the hooks replace: create_task, and train_one_epoch with its own arguments; its data.
 
 There a task holds model and loss: it runs both, and training asks it for the terms. So the hook takes the task that
 open_clip makes of its flags and gives it the plug-in's loss.
@@ -51,6 +51,11 @@ class CoCaTaskWithAllOutputs(CoCaTask):
     def _build_loss_inputs(self, model_out: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
         others = {name: value for name, value in model_out.items() if name != "logit_bias"}  # CoCaLoss knows none
         return {**others, **super()._build_loss_inputs(model_out, batch)}
+
+
+def images_and_texts(sample: dict[str, Any]) -> tuple[Any, Any]:
+    """The two halves of what a dataset or a data loader of open_clip_train gives."""
+    return sample["image"], sample["text"]
 
 
 def followed_by(after_epoch: Callable[..., None]) -> Callable[..., None]:

@@ -1,6 +1,7 @@
 """`--sparc-show-every N`: pictures of what words select, while training. Nothing of the training changes by them."""
 
 import io
+import itertools
 import logging
 import random
 from argparse import Namespace
@@ -14,12 +15,12 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train import main as open_clip_main
-from open_clip_train.data import get_dataset_fn
+from open_clip_train.data import get_dataset_fn, get_wds_dataset
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 
 from sparc_loss.embeddings.surface import Surfaced
+from sparc_loss.integration.versions import module_of_generation
 
 PAIRS = 4  # the first of the validation data
 
@@ -28,13 +29,18 @@ def check_run(args: Namespace) -> None:
     """Refuse before training what would fail after an epoch of it.
 
     Raises:
-        ValueError: no validation data or none with captions, or no launcher to call us after an epoch.
+        ValueError: no validation data or none with captions, or no launcher to call us after an epoch; --fsdp.
         ImportError: the extra `show` is not installed.
     """
     if not args.val_data or args.dataset_type == "synthetic":
         raise ValueError("--sparc-show-every is set without validation pairs; expected --val-data with captions")
     if not hasattr(open_clip_main.train_one_epoch, "__wrapped__"):
         raise ValueError("--sparc-show-every is set; expected it off, or python -m sparc_loss.train to start training")
+    if getattr(args, "fsdp", False):
+        raise ValueError(
+            "--sparc-show-every is set with --fsdp; expected it off: one process draws, and has but its part of the "
+            "weights"
+        )
     try:
         import sparc_loss.show  # noqa: F401
     except ImportError as error:
@@ -84,15 +90,16 @@ def show_validation_pairs(model: nn.Module, data: dict[str, Any], epoch: int, ar
 
 def validation_pairs(args: Namespace) -> list[tuple[Image.Image, str]]:
     """The first pairs of `--val-data`, CSV or webdataset, as open_clip_train reads them."""
-    one_process = Namespace(**{**vars(args), "workers": 0, "batch_size": PAIRS})
+    one_by_one = Namespace(**{**vars(args), "workers": 0, "batch_size": 1, "variable_text": False})
+    images_and_texts = module_of_generation(open_clip.__version__).images_and_texts
+    get_dataset = get_dataset_fn(args.val_data, args.dataset_type)
     with _random_state_kept():
-        dataloader = get_dataset_fn(args.val_data, args.dataset_type)(
-            one_process, _as_it_is, is_train=False, tokenizer=_untokenized
-        ).dataloader
-        if isinstance(dataloader, DataLoader):
-            dataset = dataloader.dataset
-            return [dataset[index] for index in range(min(PAIRS, len(dataset)))]
-        return list(zip(*next(iter(dataloader)), strict=True))
+        if get_dataset is get_wds_dataset:  # gives batches, which are made of arrays
+            batches = get_dataset(one_by_one, np.array, is_train=False, tokenizer=_untokenized).dataloader
+            pairs = [images_and_texts(batch) for batch in itertools.islice(batches, PAIRS)]
+            return [(Image.fromarray(np.asarray(images[0])), texts[0]) for images, texts in pairs]
+        dataset = get_dataset(one_by_one, _as_it_is, is_train=False, tokenizer=_untokenized).dataloader.dataset
+        return [images_and_texts(dataset[index]) for index in range(min(PAIRS, len(dataset)))]
 
 
 def _report(figure: Any, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:

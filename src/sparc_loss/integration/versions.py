@@ -1,5 +1,8 @@
 """The open_clip versions that the hooks were tested with, and which of our files each generation of them needs."""
 
+import importlib
+from types import ModuleType
+
 # Releases on PyPI. pyproject.toml's extra `train` names the same range.
 TESTED = ("3.0.0", "3.1.0", "3.2.0", "3.3.0")
 # Of open_clip's main branch, at the commit that patches/ names: `make test-main OPEN_CLIP=path`.
@@ -26,5 +29,10 @@ def logs_metrics(version: str) -> bool:
 
 
 def generation(version: str) -> int:
-    """The first number of a version: 3 has create_loss, 4 has tasks (`open_clip_3.py`, `open_clip_4.py`)."""
+    """The first number of a version: 3 has create_loss, 4 has tasks."""
     return int(version.split(".")[0])
+
+
+def module_of_generation(version: str) -> ModuleType:
+    """`open_clip_3.py` or `open_clip_4.py`: all of ours that differs between them; imports open_clip_train."""
+    return importlib.import_module(f"sparc_loss.integration.open_clip_{generation(version)}")
