@@ -141,3 +141,46 @@ def image_contrastive(
         highest = max(scores)
         terms.append(highest + math.log(math.fsum(math.exp(score - highest) for score in scores)) - scores[0])
     return sum(terms) / max(len(terms), 1)
+
+
+def alignment_metrics(
+    weights: np.ndarray, patch_features: np.ndarray, token_features: np.ndarray, counts: np.ndarray, usable: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """Each metric as the (lowest, highest) value it may have: where two cosines tie, either may be the nearest.
+
+    Args:
+        weights: [B, L, P], of Eq. 4.
+        patch_features: [B, P, D].
+        token_features: [B, L, D].
+        counts: bool [B, L], the tokens that count.
+        usable: bool [B, L, P], the patches that each token may use.
+    """
+    surely, possibly, kept, entropies = [], [], [], []
+    for b in range(len(weights)):
+        members = [j for j in range(counts.shape[1]) if counts[b, j]]
+        tokens = {j: token_features[b, j].tolist() for j in members}
+        groups = {
+            j: [dot(weights[b, j].tolist(), values.tolist()) for values in patch_features[b].T] for j in members
+        }
+        for j in members:
+            own = cosine(groups[j], tokens[j])
+            for others in (
+                [cosine(groups[j], tokens[k]) for k in members if k != j],
+                [cosine(groups[k], tokens[j]) for k in members if k != j],
+            ):
+                nearest = max(others, default=-2.0)
+                surely.append(own > nearest + 1e-9)
+                possibly.append(own > nearest - 1e-9)
+            shares = [float(weights[b, j, p]) for p in range(weights.shape[2]) if usable[b, j, p]]
+            kept.append(sum(share > 0 for share in shares) / len(shares))
+            entropy = -math.fsum(share * math.log(share) for share in shares if share > 0)
+            entropies.append(entropy / math.log(len(shares)) if len(shares) > 1 else 0.0)
+
+    def mean(values: list) -> float:
+        return math.fsum(values) / max(len(values), 1)
+
+    return {
+        "fine_grained_accuracy": (mean(surely), mean(possibly)),
+        "patches_kept": (mean(kept), mean(kept)),
+        "alignment_entropy": (mean(entropies), mean(entropies)),
+    }

@@ -60,7 +60,7 @@ def alignment_metrics(
     counts = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
     similarity = token_patch_similarity(token_features, patch_features)
     weights = alignment_weights(similarity, threshold, alignment, patch_mask, region_mask)
-    usable = usable_patches(weights.shape, weights.device, patch_mask, region_mask).sum(dim=-1)
+    usable = usable_patches(weights.shape, weights.device, patch_mask, region_mask).sum(dim=-1).to(weights.dtype)
     grouped = language_grouped_embeddings(weights, patch_features)
 
     kept = (weights > 0).sum(dim=-1) / usable.clamp(min=1)

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from open_clip.task import CLIPTask, CoCaTask, DistillCLIPTask, TrainingTask
+from open_clip.task import CoCaTask, TrainingTask
 from open_clip_train import main as open_clip_main
 from torch import Tensor
 
@@ -32,12 +32,12 @@ def with_loss(task: TrainingTask, create_loss: Callable[[], Any]) -> TrainingTas
     """The task, training with another loss; a CoCaTask hands it all that the model returns.
 
     Raises:
-        TypeError: a task that does not call a loss with the features of images and texts.
+        TypeError: a task that calls no loss, because the model computes its own.
     """
-    if not isinstance(task, (CLIPTask, CoCaTask, DistillCLIPTask)):
+    if not hasattr(task, "loss"):
         raise TypeError(
-            f"open_clip trains this model by a {type(task).__name__}; expected a CLIPTask, SigLIPTask, CoCaTask or "
-            "DistillCLIPTask, which call a loss with the features of images and texts"
+            f"open_clip trains this model by a {type(task).__name__}, which calls no loss; expected a task that does: "
+            "CLIPTask, SigLIPTask, CoCaTask, DistillCLIPTask or CLAPTask"
         )
     if type(task) is CoCaTask:
         task.__class__ = CoCaTaskWithAllOutputs
