@@ -159,9 +159,7 @@ def alignment_metrics(
     for b in range(len(weights)):
         members = [j for j in range(counts.shape[1]) if counts[b, j]]
         tokens = {j: token_features[b, j].tolist() for j in members}
-        groups = {
-            j: [dot(weights[b, j].tolist(), values.tolist()) for values in patch_features[b].T] for j in members
-        }
+        groups = {j: [dot(weights[b, j].tolist(), values.tolist()) for values in patch_features[b].T] for j in members}
         for j in members:
             own = cosine(groups[j], tokens[j])
             for others in (

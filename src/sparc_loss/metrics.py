@@ -5,6 +5,7 @@ They are no part of the loss: nothing here has a gradient. They are computed wit
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparc_loss.functional import (
     Alignment,
@@ -37,7 +38,8 @@ def alignment_metrics(
         patch_features: [B, P, D], not normalised.
         token_features: [B, L, D], not normalised.
         token_mask: bool [B, L], True for the tokens that count.
-        threshold, alignment: as in `functional.alignment_weights`.
+        threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
+        alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
         patch_mask: bool [B, P], False for padding patches.
         region_mask: bool [B, L, P], True for the patches a token may use.
         pairs: how many pairs to look at; a bound on the cost, which else would be that of the plain loss.
@@ -75,7 +77,7 @@ def alignment_metrics(
 
 def _nearest_is_own(grouped: Tensor, token_features: Tensor, counts: Tensor) -> Tensor:
     """Of both ways, the share in which a token and its own group are each other's nearest, [B, L]."""
-    unit = [torch.nn.functional.normalize(features.to(grouped.dtype), dim=-1) for features in (grouped, token_features)]
+    unit = [F.normalize(features.to(grouped.dtype), dim=-1) for features in (grouped, token_features)]
     cosine = token_patch_similarity(*unit)  # the same inner products, of groups and tokens
     both_count = counts[:, :, None] & counts[:, None, :]
     cosine = cosine.masked_fill(~both_count, -torch.inf)

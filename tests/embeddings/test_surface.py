@@ -403,7 +403,7 @@ REFUSED_MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "a max pooler": (
         lambda folder: hf_clip(folder, "max_pooler"),
         "model.text is a HFTextEncoder with a max_pooler, whose forward fails in open_clip 3; token embeddings are "
-        "known for CLIP's own text tower, TextTransformer, ModernTextTransformer and HFTextEncoder with a mean_pooler,",
+        "known for CLIP's own text tower, TextTransformer, ModernTextTransformer and HFTextEncoder with a mean_poo",
     ),
     "another library's model": (
         lambda _: nn.Linear(2, 2),

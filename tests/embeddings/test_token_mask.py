@@ -412,7 +412,16 @@ def test_open_clips_configurations_ask_for_no_other_tokenizer() -> None:
     """A name that is new here needs a look at what it writes around the words."""
     configs = [open_clip.get_model_config(name) for name in open_clip.list_models()]
     texts = [config["text_cfg"] for config in configs if "vision_cfg" in config]
-    known = ("Alibaba-NLP/gte-modernbert-", "roberta-", "xlm-roberta-", "facebook/xlm-v-", "bert-", "google/mt5-", "facebook/nllb-", "timm/ViT-")
+    known = (
+        "Alibaba-NLP/gte-modernbert-",
+        "roberta-",
+        "xlm-roberta-",
+        "facebook/xlm-v-",
+        "bert-",
+        "google/mt5-",
+        "facebook/nllb-",
+        "timm/ViT-",
+    )
     assert all(text.get("hf_tokenizer_name", "bert-").startswith(known) for text in texts)
     options = {option for text in texts for option in (text.get("tokenizer_kwargs") or {})}
     assert options <= {"clean", "strip_sep_token"}

@@ -9,7 +9,17 @@ import open_clip
 import pytest
 import torch
 from generations import only_open_clip_4
-from launching import COCA_CONFIG, SPARC, STOCK, checkpoint, logged_losses, run_python, train, write_model, write_tiny_data
+from launching import (
+    COCA_CONFIG,
+    SPARC,
+    STOCK,
+    checkpoint,
+    logged_losses,
+    run_python,
+    train,
+    write_model,
+    write_tiny_data,
+)
 
 pytestmark = [only_open_clip_4, pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patch")]
 PATCHES = Path(__file__).parents[2] / "patches"

@@ -1,13 +1,12 @@
 """`python -m sparc_loss.train` with open_clip 4, as real processes: what test_train.py, run with it too, has not."""
 
 import math
-from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from generations import only_open_clip_4
 from launching import SPARC, checkpoint, data_flags, logged_losses, run_python, train, write_tiny_data
+from loading import assert_loads_without_sparc_loss, path_of
 
 from sparc_loss.metrics import NAMES
 
@@ -15,7 +14,6 @@ pytestmark = only_open_clip_4
 LAUNCHER = ("-m", "sparc_loss.train", "--loss")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 ALL_AT_ONCE = ("--precision", "amp_bf16", "--accum-freq", "2", "--grad-checkpointing")
-CHECKOUT = str(Path(open_clip.__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
@@ -30,33 +28,6 @@ def assert_trained(log: str, *terms: str) -> None:
         losses = logged_losses(log, term)
         assert losses, log
         assert all(math.isfinite(loss) and loss > 0 for loss in losses)
-
-
-def assert_loads_without_sparc_loss(path: Path, config: Path, before: str = "", **options: bool) -> None:
-    """In this open_clip and in the one behind it: every value of the checkpoint, under its name."""
-    for leave_out in ("", CHECKOUT):
-        finished = run_python(
-            "-c",
-            "import sys\n"
-            f"sys.path[:] = [path for path in sys.path if path != {leave_out!r}]\n"
-            f"{before}\n"
-            "import torch, open_clip\n"
-            f"open_clip.add_model_config({str(config)!r})\n"
-            f"model = open_clip.create_model({config.stem!r}, pretrained={str(path)!r})\n"
-            "assert 'sparc_loss' not in sys.modules\n"
-            f"saved = torch.load({str(path)!r}, weights_only=True)['state_dict']\n"
-            "state_dict = model.state_dict()\n"
-            "assert state_dict.keys() == saved.keys()\n"
-            "assert all(torch.equal(value, saved[name]) for name, value in state_dict.items())\n"
-            "print(open_clip.__version__)",
-        )
-        assert finished.returncode == 0, finished.stdout
-        if finished.stdout.split()[-1].startswith("4.") and leave_out:
-            pytest.skip("no open_clip 3 is installed to load it in")
-
-
-def path_of(folder: Path, name: str, epoch: int = 1) -> Path:
-    return folder / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt"
 
 
 @pytest.mark.parametrize(
@@ -120,8 +91,10 @@ def test_metrics_are_logged_beside_the_loss_and_are_no_part_of_it(folder):
         values = logged_losses(log, name.capitalize())
         assert values
         assert all(0 <= value <= 1 for value in values)
-    (first, *_) = zip(*(logged_losses(log, term) for term in ("Contrastive_loss", "Fine_grained_loss", "Loss")))
-    assert first[2] == pytest.approx(first[0] + first[1], rel=1e-3)
+    contrastive, fine_grained, total = (
+        logged_losses(log, term)[0] for term in ("Contrastive_loss", "Fine_grained_loss", "Loss")
+    )
+    assert total == pytest.approx(contrastive + fine_grained, rel=1e-3)
 
     without = train(folder, *flags, "--no-sparc-metrics", name="unmeasured")
     assert not any(logged_losses(without, name.capitalize()) for name in NAMES)

@@ -56,7 +56,7 @@ class TokenConventions:
 
 
 def token_conventions(tokenizer: Any) -> TokenConventions:
-    """Read the conventions off an open_clip tokenizer: SimpleTokenizer, HFTokenizer, SigLipTokenizer, TikTokenTokenizer.
+    """Read the conventions off an open_clip tokenizer: Simple-, HF-, SigLip- or TikTokenTokenizer.
 
     Special are the tokenizer's own `all_special_ids`, less the unknown word's, and what it writes around an empty
     caption.

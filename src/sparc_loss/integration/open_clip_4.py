@@ -68,8 +68,6 @@ def followed_by(after_epoch: Callable[..., None]) -> Callable[..., None]:
         train_one_epoch(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         state = given["state"]
-        after_epoch(
-            state.task.trainable_module, given["data"], state.epoch + 1, given["args"], given.get("tb_writer")
-        )
+        after_epoch(state.task.trainable_module, given["data"], state.epoch + 1, given["args"], given.get("tb_writer"))
 
     return train_and_follow
