@@ -5,8 +5,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 # The lower ends of the ranges in pyproject.toml. Best with the oldest Python too: make test-oldest PYTHON=python3.10
 OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 einops==0.8.0
+# What of the tests meets open_clip; its main branch changes nothing for the others.
+MAIN_TESTS := $(addprefix tests/,open_clip_4 integration embeddings losses test_train.py test_train_rivals.py test_metrics.py)
 
 .PHONY: help install train study test test-oldest fuzz bench lint clean
+.PHONY: help install train test test-oldest test-main fuzz bench lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
@@ -15,6 +18,7 @@ help:
 	@echo "make bench   measure what the fine-grained loss costs; minutes"
 	@echo "make fuzz    hold the loss against its slow reference in 20,000 random cases"
 	@echo "make test-oldest  run the tests with the oldest torch and open_clip that are claimed"
+	@echo "make test-main OPEN_CLIP=path  run what touches open_clip with a checkout of its main branch"
 	@echo "make lint    check style and formatting"
 	@echo "make clean   remove the virtual environments (runs/ stays)"
 
@@ -46,6 +50,12 @@ fuzz: $(STAMP)
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest --numprocesses auto
+
+# The sources come before the installed release, with which some tests compare.
+test-main: $(STAMP)
+	@test -f '$(OPEN_CLIP)/src/open_clip_train/main.py' || \
+		{ echo "OPEN_CLIP is '$(OPEN_CLIP)'; expected a checkout of open_clip: make test-main OPEN_CLIP=path"; exit 1; }
+	PYTHONPATH='$(abspath $(OPEN_CLIP))/src' $(BIN)/python -m pytest --numprocesses auto $(MAIN_TESTS)
 
 .venv-oldest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

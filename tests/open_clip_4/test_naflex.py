@@ -172,7 +172,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-NAFLEX = ("--use-naflex", "--naflex-patch-sizes", "8", "--naflex-num-train-image-tokens", "640")
+NAFLEX = ("--log-every-n-steps", "1", "--use-naflex", "--naflex-patch-sizes", "8", "--naflex-num-train-image-tokens", "640")
 VARYING = (*NAFLEX, "--naflex-seq-lens", "16", "26", "--naflex-max-tokens-per-batch", "208")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
@@ -180,7 +180,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def assert_trained(log: str) -> None:
     losses = logged_losses(log, "Fine_grained_loss")
     assert losses, log
-    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    assert all(math.isfinite(loss) and loss >= 0 for loss in losses)
+    assert any(loss > 0 for loss in losses)  # not all: a batch of one pair is left over, which has no other
 
 
 @pytest.mark.parametrize(
