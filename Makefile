@@ -10,6 +10,7 @@ MAIN_TESTS := $(addprefix tests/,open_clip_4 integration embeddings losses test_
 
 .PHONY: help install train study test test-oldest fuzz bench lint clean
 .PHONY: help install train test test-oldest test-main fuzz bench lint clean
+.PHONY: help install train test test-oldest test-main open-clip-checkout fuzz bench lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
@@ -52,10 +53,12 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest --numprocesses auto
 
 # The sources come before the installed release, with which some tests compare.
-test-main: $(STAMP)
+test-main: open-clip-checkout $(STAMP)
+	PYTHONPATH='$(abspath $(OPEN_CLIP))/src' $(BIN)/python -m pytest --numprocesses auto $(MAIN_TESTS)
+
+open-clip-checkout:
 	@test -f '$(OPEN_CLIP)/src/open_clip_train/main.py' || \
 		{ echo "OPEN_CLIP is '$(OPEN_CLIP)'; expected a checkout of open_clip: make test-main OPEN_CLIP=path"; exit 1; }
-	PYTHONPATH='$(abspath $(OPEN_CLIP))/src' $(BIN)/python -m pytest --numprocesses auto $(MAIN_TESTS)
 
 .venv-oldest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
