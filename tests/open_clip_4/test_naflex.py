@@ -172,7 +172,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-NAFLEX = ("--log-every-n-steps", "1", "--use-naflex", "--naflex-patch-sizes", "8", "--naflex-num-train-image-tokens", "640")
+NAFLEX = (
+    "--log-every-n-steps",
+    "1",
+    "--use-naflex",
+    "--naflex-patch-sizes",
+    "8",
+    "--naflex-num-train-image-tokens",
+    "640",
+)
 VARYING = (*NAFLEX, "--naflex-seq-lens", "16", "26", "--naflex-max-tokens-per-batch", "208")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
