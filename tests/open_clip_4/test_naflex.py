@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
+import tiny_tokenizers
 import torch
 from generations import only_open_clip_4
 from launching import MODEL_CONFIG, SPARC, data_flags, logged_losses, run_python, train, write_model, write_tiny_data
@@ -239,6 +240,16 @@ def test_a_checkpoint_of_a_converted_tower_loads_in_this_open_clip_converting_it
     conversion = {"force_naflex_vision": True}
     path = path_of(folder, "converted")
     assert_loads_without_sparc_loss(path, folder / "tiny.json", generations=("this",), **conversion)
+
+
+@pytest.mark.parametrize("images", [(), VARYING], ids=["of one size", "of any size"])
+def test_trains_on_captions_of_variable_length(folder, tmp_path, images):
+    text = {**MODEL_CONFIG["text_cfg"], "text_arch": "modern", "variable_text": True, "pool_type": "mean", "pad_id": 0}
+    config = {**MODEL_CONFIG, "text_cfg": {**text, "hf_tokenizer_name": "the folder's own"}}
+    write_model(tmp_path / "model", {**config, "custom_text": True})
+    tiny_tokenizers.bert(tmp_path / "model")
+    flags = ("--model", f"local-dir:{tmp_path / 'model'}", *images)
+    assert_trained(train(folder, *flags, name=f"captions-{len(images)}"))
 
 
 def test_accumulating_over_several_lengths_is_refused_before_training(folder):
