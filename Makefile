@@ -8,9 +8,7 @@ OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 eino
 # What of the tests meets open_clip; its main branch changes nothing for the others.
 MAIN_TESTS := $(addprefix tests/,open_clip_4 integration embeddings losses test_train.py test_train_rivals.py test_metrics.py)
 
-.PHONY: help install train study test test-oldest fuzz bench lint clean
-.PHONY: help install train test test-oldest test-main fuzz bench lint clean
-.PHONY: help install train test test-oldest test-main open-clip-checkout fuzz bench lint clean
+.PHONY: help install train study test test-oldest test-main open-clip-checkout fuzz bench lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"

@@ -132,11 +132,7 @@ class Objective(nn.Module):
             "image_features": image_features,
             "text_features": text_features,
             "logit_scale": logit_scale if self.fine_grained_scale is None else self.fine_grained_scale,
-            "patch_features": patch_features,
-            "token_features": token_features,
-            "token_mask": token_mask,
-            "patch_mask": patch_mask,
-            "region_mask": region_mask,
+            **local_outputs,
             **further,
         }
         if self.fine_grained_weight == 0:
