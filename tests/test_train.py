@@ -127,6 +127,17 @@ def test_resume_latest_goes_on_as_if_never_interrupted(folder):
     assert_trained(log)
 
 
+def test_sparc_start_counts_the_epochs_before_a_resume(folder):
+    """From the third epoch on: a loss that counted for itself would begin two epochs after the resume."""
+    start = ("--sparc-start", "2", "--lr-scheduler", "const", "--log-every-n-steps", "1")
+    train(folder, *start, name="parts", epochs=1)
+    log = train(folder, *start, "--resume", "latest", name="parts", epochs=3)
+    steps = logged_losses(log, "Fine_grained_loss")
+    assert steps[:4] == [0] * 4  # the second epoch
+    assert len(steps) == 8
+    assert min(steps[4:]) > 0
+
+
 def test_a_plain_clip_checkpoint_resumes_under_sparc(folder):
     train(folder, name="plain-first", epochs=1, launcher=STOCK)
     log = train(folder, "--resume", "latest", name="plain-first", epochs=2)

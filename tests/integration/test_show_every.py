@@ -19,6 +19,7 @@ from PIL import Image
 
 from sparc_loss import surface_embeddings
 from sparc_loss.integration import show_every, sparc
+from sparc_loss.integration.validation import validation_pairs
 from sparc_loss.show import align, draw
 
 
@@ -42,6 +43,7 @@ def args(folder, tmp_path):
     (tmp_path / "run").mkdir()
     return Namespace(
         sparc_show_every=1,
+        sparc_probe_every=0,
         sparc_threshold=None,
         sparc_alignment="sparse",
         model="ViT-B-32",
@@ -168,7 +170,7 @@ def test_a_webdataset_is_read_as_well(args, folder, tmp_path):
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     args.val_data = str(tmp_path / "val.tar")
-    pairs = show_every.validation_pairs(args)
+    pairs = validation_pairs(args, 4)
     assert captions_of(pairs) == [f"caption {index}" for index in range(4)]
     assert pairs[0][0].size == (32, 32)
 
@@ -177,7 +179,7 @@ def test_few_validation_pairs_are_all_of_them(args, folder, tmp_path):
     rows = (folder / "val.csv").read_text().splitlines()[:3]
     (tmp_path / "two.csv").write_text("\n".join(rows))
     args.val_data = str(tmp_path / "two.csv")
-    assert len(show_every.validation_pairs(args)) == 2
+    assert len(validation_pairs(args, 4)) == 2
 
 
 def test_a_pair_that_cannot_be_shown_is_left_out_and_training_goes_on(model, args, caplog, tmp_path):
@@ -216,5 +218,5 @@ def test_validation_data_that_cannot_be_read_fails_before_training(args, monkeyp
 def test_with_sharded_weights_it_is_refused(args, monkeypatch):
     monkeypatch.setattr(open_clip_main.train_one_epoch, "__wrapped__", None, raising=False)
     args.fsdp = True
-    with pytest.raises(ValueError, match="--sparc-show-every is set with --fsdp; expected it off: one process draws"):
+    with pytest.raises(ValueError, match="--sparc-show-every is set with --fsdp; expected it off: one process looks"):
         show_every.check_run(args)

@@ -79,6 +79,8 @@ def test_the_global_loss_is_what_open_clip_makes_of_the_flags(flags, global_loss
         ("--sparc-tokens=none", "argument --sparc-tokens: invalid choice: 'none'"),
         ("--sparc-image-negatives=0", "argument --sparc-image-negatives: '0' given; expected a whole number of"),
         ("--sparc-image-contrastive-weight=-1", "argument --sparc-image-contrastive-weight: '-1' given; expected"),
+        ("--sparc-start=0", "argument --sparc-start: '0' given; expected a whole number of at least 1"),
+        ("--sparc-probe-every=x", "argument --sparc-probe-every: 'x' given; expected a whole number of at least 1"),
         ("--sparc-show-every=0", "argument --sparc-show-every: '0' given; expected a whole number of at least 1"),
         ("--sparc-show-every=1.5", "argument --sparc-show-every: '1.5' given; expected a whole number of at least 1"),
     ],
@@ -114,3 +116,20 @@ def test_several_processes_gather_with_gradient_and_say_so(model, caplog):
 def test_what_cannot_work_is_refused_with_the_reason(model, flag):
     with pytest.raises(ValueError, match=f"--{flag} is set; expected it off with --loss sparc: "):
         sparc.prepare_model(model, parse(**{flag: True}))
+
+
+@pytest.mark.parametrize(("epoch", "weights"), [(0, (0, 0)), (1, (0, 0)), (2, (0.3, 0.2)), (7, (0.3, 0.2))])
+def test_the_fine_grained_terms_begin_with_the_epoch_that_sparc_start_names(epoch, weights):
+    args = parse(
+        *("--sparc-start", "2", "--sparc-fine-grained-weight", "0.3"),
+        *("--sparc-image-negatives", "1", "--sparc-image-contrastive-weight", "0.2"),
+    )
+    loss = sparc.create_loss(args)
+    sparc.before_epoch(loss, epoch, args)
+    assert (loss.fine_grained_weight, loss.image_contrastive_weight) == weights
+    assert loss.global_weight == 0.5
+
+
+def test_without_the_launcher_sparc_start_is_refused(model):
+    with pytest.raises(ValueError, match=r"--sparc-start is set; expected it off, or python -m sparc_loss.train"):
+        sparc.prepare_model(model, parse("--sparc-start", "2"))

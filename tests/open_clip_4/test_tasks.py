@@ -82,19 +82,24 @@ class GenerativeModel(nn.Module):
     pad_id = 0
 
 
-def test_after_epoch_follows_each_epoch_with_what_evaluate_is_given(monkeypatch):
+def test_epochs_are_between_before_epoch_and_after_epoch(monkeypatch):
     calls = []
 
     def train_one_epoch(state, data, args, tb_writer=None):
         calls.append(("train", state.epoch))
 
     monkeypatch.setattr(open_clip_main, "train_one_epoch", train_one_epoch)
-    plugin = SimpleNamespace(prepare_model=None, create_loss=None, after_epoch=lambda *given: calls.append(given))
-    state = SimpleNamespace(epoch=0, task=SimpleNamespace(trainable_module="model"))
+    plugin = SimpleNamespace(
+        prepare_model=None,
+        create_loss=None,
+        before_epoch=lambda *given: calls.append(("before", *given)),
+        after_epoch=lambda *given: calls.append(("after", *given)),
+    )
+    state = SimpleNamespace(epoch=0, task=SimpleNamespace(trainable_module="model", loss="loss"))
     with hooked(lambda argv: Namespace(), plugin):
         open_clip_main.train_one_epoch(state, "data", "args", tb_writer="writer")
         assert open_clip_main.train_one_epoch.__wrapped__ is train_one_epoch
-    assert calls == [("train", 0), ("model", "data", 1, "args", "writer")]
+    assert calls == [("before", "loss", 0, "args"), ("train", 0), ("after", "model", "data", 1, "args", "writer")]
 
 
 # Moving averages, which open_clip's tasks have but its command line does not yet

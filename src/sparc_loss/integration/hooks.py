@@ -26,7 +26,7 @@ def hooked(
     model (the second is the teacher of --distill) goes through `plugin.prepare_model`; and what brings in the loss,
     create_loss (`open_clip_3.py`) or create_task (`open_clip_4.py`).
     An open_clip with the patch from patches/ calls the plug-in itself: there, the latter two are left.
-    If the plug-in has an `after_epoch`: train_one_epoch, by itself and then that.
+    If the plug-in has a `before_epoch` or an `after_epoch`: train_one_epoch, by itself between these.
     Replaced in torch.nn.parallel: DistributedDataParallel, by a subclass that drops `device_ids` on the CPU, where
     open_clip passes some and torch refuses them.
 
@@ -55,8 +55,8 @@ def hooked(
             open_clip_main.create_model_and_transforms, lambda model: plugin.prepare_model(model, parsed[0])
         )
         names |= of_this_generation.bringing_in_the_loss(plugin)
-    if hasattr(plugin, "after_epoch"):
-        names["train_one_epoch"] = of_this_generation.followed_by(plugin.after_epoch)
+    if hasattr(plugin, "before_epoch") or hasattr(plugin, "after_epoch"):
+        names["train_one_epoch"] = of_this_generation.with_epoch_calls(plugin)
     with (
         patch.multiple(open_clip_main, **names),
         patch.object(torch.nn.parallel, "DistributedDataParallel", _DistributedDataParallel),

@@ -21,15 +21,19 @@ def images_and_texts(sample: tuple) -> tuple[Any, Any]:
     return images, texts
 
 
-def followed_by(after_epoch: Callable[..., None]) -> Callable[..., None]:
-    """train_one_epoch, and then `after_epoch(model, data, epochs done, args, tb_writer)`."""
+def with_epoch_calls(plugin: LossPlugin) -> Callable[..., None]:
+    """train_one_epoch between the plug-in's `before_epoch` and `after_epoch`, each where it has one."""
     train_one_epoch = open_clip_main.train_one_epoch
     signature = inspect.signature(train_one_epoch)
 
     @functools.wraps(train_one_epoch)
-    def train_and_follow(*args: Any, **kwargs: Any) -> None:
-        train_one_epoch(*args, **kwargs)
+    def train_between_calls(*args: Any, **kwargs: Any) -> None:
         given = signature.bind(*args, **kwargs).arguments
-        after_epoch(given["model"], given["data"], given["epoch"] + 1, given["args"], given.get("tb_writer"))
+        epoch = given["epoch"]
+        if hasattr(plugin, "before_epoch"):
+            plugin.before_epoch(given["loss"], epoch, given["args"])
+        train_one_epoch(*args, **kwargs)
+        if hasattr(plugin, "after_epoch"):
+            plugin.after_epoch(given["model"], given["data"], epoch + 1, given["args"], given.get("tb_writer"))
 
-    return train_and_follow
+    return train_between_calls

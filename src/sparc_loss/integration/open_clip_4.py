@@ -58,16 +58,21 @@ def images_and_texts(sample: dict[str, Any]) -> tuple[Any, Any]:
     return sample["image"], sample["text"]
 
 
-def followed_by(after_epoch: Callable[..., None]) -> Callable[..., None]:
-    """train_one_epoch, and then `after_epoch(model, data, epochs done, args, tb_writer)`."""
+def with_epoch_calls(plugin: LossPlugin) -> Callable[..., None]:
+    """train_one_epoch between the plug-in's `before_epoch` and `after_epoch`, each where it has one."""
     train_one_epoch = open_clip_main.train_one_epoch
     signature = inspect.signature(train_one_epoch)
 
     @functools.wraps(train_one_epoch)
-    def train_and_follow(*args: Any, **kwargs: Any) -> None:
-        train_one_epoch(*args, **kwargs)
+    def train_between_calls(*args: Any, **kwargs: Any) -> None:
         given = signature.bind(*args, **kwargs).arguments
-        state = given["state"]
-        after_epoch(state.task.trainable_module, given["data"], state.epoch + 1, given["args"], given.get("tb_writer"))
+        task, epoch = given["state"].task, given["state"].epoch
+        if hasattr(plugin, "before_epoch"):
+            plugin.before_epoch(task.loss, epoch, given["args"])
+        train_one_epoch(*args, **kwargs)
+        if hasattr(plugin, "after_epoch"):
+            plugin.after_epoch(
+                given["state"].task.trainable_module, given["data"], epoch + 1, given["args"], given.get("tb_writer")
+            )
 
-    return train_and_follow
+    return train_between_calls

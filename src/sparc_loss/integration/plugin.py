@@ -25,8 +25,10 @@ BUILT_IN = "clip"  # whatever open_clip's own create_loss makes from the other f
 class LossPlugin(Protocol):
     """What an entry point of the group `open_clip.losses` loads to.
 
-    It may also have `after_epoch(model, data, epoch, args, tb_writer)`, which the launcher calls in every process
-    when `epoch` epochs are done, with what open_clip_train's own evaluate is given. It must leave training alone.
+    It may also have two that the launcher calls in every process, and a patched open_clip does not:
+    `before_epoch(loss, epoch, args)`, with the loss that `create_loss` returned, when `epoch` epochs are done, those
+    before a --resume included; and `after_epoch(model, data, epoch, args, tb_writer)`, likewise, with what
+    open_clip_train's own evaluate is given, which must leave training alone.
     """
 
     def add_arguments(self, parser: ArgumentParser) -> None:

@@ -1,5 +1,6 @@
-"""Our plug-in: `--loss sparc`. The three functions are the contract of `sparc_loss.integration.plugin`."""
+"""Our plug-in: `--loss sparc`. The five functions are the contract of `sparc_loss.integration.plugin`."""
 
+import logging
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import open_clip
 from torch import nn
 
 from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
+from sparc_loss.integration import probe_every
 from sparc_loss.integration.shared import (
     add_group_with_weights,
     add_scale_and_tokens,
@@ -14,6 +16,7 @@ from sparc_loss.integration.shared import (
     shared_settings,
     surfaced,
 )
+from sparc_loss.integration.validation import check_launcher
 from sparc_loss.integration.versions import logs_metrics
 from sparc_loss.losses import SparcLoss
 
@@ -64,6 +67,21 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="weight of that contrast (default: %(default)s)",
     )
     group.add_argument(
+        "--sparc-start",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="train the global loss alone for the first N epochs, those before a --resume included (default: none)",
+    )
+    group.add_argument(
+        "--sparc-probe-every",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="measure on validation pairs after every N epochs whether the fine-grained loss looks at the image "
+        "(default: never)",
+    )
+    group.add_argument(
         "--sparc-show-every",
         type=_count,
         default=0,
@@ -81,6 +99,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
     """Surface the model's patch and token embeddings; turn on what exact gradients over several processes need."""
+    if args.sparc_start:
+        check_launcher("--sparc-start")
+    if args.sparc_probe_every:
+        probe_every.check_run(args)
     if args.sparc_show_every:
         from sparc_loss.integration.show_every import check_run
 
@@ -106,9 +128,22 @@ def create_loss(args: Namespace) -> SparcLoss:
     )
 
 
+def before_epoch(loss: SparcLoss, epoch: int, args: Namespace) -> None:
+    """Leave the fine-grained terms out of the first epochs, as `--sparc-start` says."""
+    begun = epoch >= args.sparc_start
+    loss.fine_grained_weight = args.sparc_fine_grained_weight if begun else 0.0
+    loss.image_contrastive_weight = args.sparc_image_contrastive_weight if begun else 0.0
+    if args.sparc_start and args.rank == 0:
+        logging.info(f"--sparc-start {args.sparc_start}: epoch {epoch} trains {loss}")
+
+
 def after_epoch(model: nn.Module, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:
-    """Draw what words select, where `--sparc-show-every` says so."""
-    if args.sparc_show_every and epoch % args.sparc_show_every == 0 and args.rank == 0:
+    """Probe, and draw what words select, where `--sparc-probe-every` and `--sparc-show-every` say so."""
+    if args.rank != 0:
+        return
+    if args.sparc_probe_every and epoch % args.sparc_probe_every == 0:
+        probe_every.probe_validation_pairs(model, data, epoch, args, tb_writer)
+    if args.sparc_show_every and epoch % args.sparc_show_every == 0:
         from sparc_loss.integration.show_every import show_validation_pairs
 
         show_validation_pairs(model, data, epoch, args, tb_writer)

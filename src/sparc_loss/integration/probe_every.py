@@ -1,0 +1,120 @@
+"""`--sparc-probe-every N`: whether the fine-grained loss looks at the image, while training, which it leaves alone."""
+
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip_train.precision import get_autocast
+from torch import Tensor, nn
+
+from sparc_loss.evaluation import ImageDependence, image_dependence, mean_image_dependence
+from sparc_loss.integration.validation import check_validation, random_state_kept, unwrapped, validation_pairs
+
+PAIRS = 256  # the first of the validation data
+BATCH_SIZE = 64
+
+
+def check_run(args: Namespace) -> None:
+    """Refuse before training what would fail after an epoch of it.
+
+    Raises:
+        ValueError: fewer than two validation pairs, none with captions, no launcher to call us after an epoch; --fsdp.
+    """
+    check_validation("--sparc-probe-every", args)
+    if args.rank == 0 and len(validation_pairs(args, 2)) < 2:
+        raise ValueError("--sparc-probe-every is set with one validation pair; expected 2 or more, to shuffle them")
+
+
+def probe_validation_pairs(
+    model: nn.Module, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any
+) -> ImageDependence | None:
+    """Measure `image_dependence` of the first validation pairs, log it, and report it where training reports to.
+
+    A line of RUN/image_dependence.jsonl for each time; image_dependence/right_token_accuracy and so on in TensorBoard
+    and W&B.
+
+    Args:
+        model: surfaced; wrapped and compiled as training has it.
+        data: as open_clip_train has it; W&B's steps come from its training half.
+        epoch: how many are done.
+        args: of open_clip_train, with ours.
+        tb_writer: TensorBoard's, or None.
+
+    Returns:
+        What was measured; None, with a warning, where no caption has a word or the embeddings are not finite.
+    """
+    model = unwrapped(model)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with random_state_kept(), torch.inference_mode():
+            measured = _measure(model.eval(), args)
+    except ValueError as error:
+        logging.warning(f"--sparc-probe-every: nothing is measured after epoch {epoch}: {error}")
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
+    _report(measured, data, epoch, args, tb_writer)
+    return measured
+
+
+def _measure(model: nn.Module, args: Namespace) -> ImageDependence:
+    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    tokenizer = open_clip.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
+    pairs = validation_pairs(args, PAIRS)
+    parameter = next(model.parameters())
+    autocast = get_autocast(args.precision, device_type=parameter.device.type)
+    batches = []
+    for start in range(0, len(pairs) - 1, BATCH_SIZE):  # a last pair alone cannot be shuffled
+        images, captions = zip(*pairs[start : start + BATCH_SIZE], strict=True)
+        pixels = torch.stack([preprocess(image) for image in images]).to(parameter.device, parameter.dtype)
+        with autocast():
+            patches, _ = model.encode_patches(pixels)
+            tokens, mask = model.encode_tokens(tokenizer(list(captions)).to(parameter.device))
+        batches.append(
+            image_dependence(
+                patches,
+                tokens,
+                mask,
+                _scale(model, args),
+                threshold=args.sparc_threshold,
+                alignment=args.sparc_alignment,
+            )
+        )
+    return mean_image_dependence(batches)
+
+
+def _scale(model: nn.Module, args: Namespace) -> Tensor | float:
+    return model.logit_scale.exp() if args.sparc_scale is None else args.sparc_scale
+
+
+def _report(measured: ImageDependence, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:
+    figures = {
+        f"{images}_{name}": value
+        for images in ("right", "shuffled", "constant")
+        for name, value in getattr(measured, images)._asdict().items()
+    } | {"chance": measured.chance}
+    right, shuffled, constant = measured.right, measured.shuffled, measured.constant
+    logging.info(
+        f"Image dependence after epoch {epoch}: a token finds its group of patches in {right.token_accuracy:.3f} of "
+        f"the cases on its own image, {shuffled.token_accuracy:.3f} on another, {constant.token_accuracy:.3f} on the "
+        f"mean of the others, {measured.chance:.3f} by chance; loss {right.loss:.3f}, {shuffled.loss:.3f}, "
+        f"{constant.loss:.3f}"
+    )
+    if args.save_logs:
+        with open(Path(args.logs, args.name, "image_dependence.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"epoch": epoch, **figures}) + "\n")
+    if tb_writer is not None:
+        for name, value in figures.items():
+            tb_writer.add_scalar(f"image_dependence/{name}", value, epoch)
+    if args.wandb:
+        import wandb
+
+        # The step at which open_clip_train's evaluate logs this epoch: W&B refuses to go back.
+        step = data["train"].dataloader.num_batches // args.accum_freq * epoch
+        wandb.log({f"image_dependence/{name}": value for name, value in figures.items()}, step=step)
