@@ -1,12 +1,16 @@
-"""The implementations of the fine-grained loss, each of which holds every property."""
+"""The implementations of the fine-grained loss and of the contrast with other images; each holds every property."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from sparc_loss import functional, fused
+from sparc_loss import functional, fused, fused_contrast
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "eager": functional.fine_grained_loss,
     "fused": fused.fine_grained_loss,
+}
+IMAGE_CONTRASTS: dict[str, Callable[..., Tensor]] = {
+    "eager": functional.image_contrastive_loss,
+    "fused": fused_contrast.image_contrastive_loss,
 }

@@ -98,49 +98,59 @@ def fine_grained(
     return Reference(weights, sum(sum(caption) / max(len(caption), 1) for caption in captions) / batch)
 
 
+def image_scores(
+    patch_features: np.ndarray,
+    token_features: np.ndarray,
+    token_mask: np.ndarray,
+    threshold: float | None = None,
+    alignment: str = "sparse",
+    patch_mask: np.ndarray | None = None,
+    region_mask: np.ndarray | None = None,
+) -> list[list[float | None]]:
+    """The score of every caption (row) on every image (column): None where there is nothing to score."""
+    batch, length, dim = token_features.shape
+
+    def patches_of(i: int, k: int, j: int) -> list[Vector]:
+        """Those of image k that token j of caption i may use: regions lie in the own image."""
+        return [
+            patch.tolist()
+            for p, patch in enumerate(patch_features[k])
+            if (patch_mask is None or patch_mask[k, p]) and (i != k or region_mask is None or region_mask[i, j, p])
+        ]
+
+    def score(i: int, k: int) -> float | None:
+        cosines = []
+        for j in range(length):
+            if not token_mask[i, j] or not patches_of(i, i, j):
+                continue
+            token, patches = token_features[i, j].tolist(), patches_of(i, k, j)
+            if not patches:
+                return None
+            weights = token_weights(token, patches, threshold, alignment)
+            cosines.append(cosine(token, [dot(weights, [patch[d] for patch in patches]) for d in range(dim)]))
+        return math.fsum(cosines) / len(cosines) if cosines else None
+
+    return [[score(i, k) for k in range(batch)] for i in range(batch)]
+
+
 def image_contrastive(
     patch_features: np.ndarray,
     token_features: np.ndarray,
     token_mask: np.ndarray,
     logit_scale: float,
     image_negatives: int,
-    threshold: float | None = None,
-    alignment: str = "sparse",
-    patch_mask: np.ndarray | None = None,
-    region_mask: np.ndarray | None = None,
+    reduction: str = "token",
+    **options: object,
 ) -> float:
-    """Every caption against its own image and the next ones, one token after the other."""
-    batch, length, patches = (*token_features.shape[:2], patch_features.shape[1])
-
-    def usable(image: int) -> list[int]:
-        return [p for p in range(patches) if patch_mask is None or patch_mask[image, p]]
-
-    terms = []
-    for caption in range(batch):
-        own = {
-            j: [p for p in usable(caption) if region_mask is None or region_mask[caption, j, p]]
-            for j in range(length)
-            if token_mask[caption, j]
-        }
-        counted = [j for j in own if own[j]]
-        if not counted:
+    """Cross-entropy of every caption over the scores of its image and of the next ones."""
+    scores = image_scores(patch_features, token_features, token_mask, **options)
+    batch, terms = len(scores), []
+    for i, row in enumerate(scores):
+        if row[i] is None:
             continue
-        scores = []
-        for step in range(1 + image_negatives):
-            image = (caption + step) % batch
-            if not usable(image):
-                continue
-            cosines = []
-            for j in counted:
-                chosen = [patch_features[image, p].tolist() for p in (own[j] if step == 0 else usable(image))]
-                token = token_features[caption, j].tolist()
-                weights = token_weights(token, chosen, threshold, alignment)
-                group = [dot(weights, [patch[d] for patch in chosen]) for d in range(len(token))]
-                cosines.append(cosine(group, token))
-            scores.append(logit_scale * sum(cosines) / len(cosines))
-        highest = max(scores)
-        terms.append(highest + math.log(math.fsum(math.exp(score - highest) for score in scores)) - scores[0])
-    return sum(terms) / max(len(terms), 1)
+        images = [row[(i + k) % batch] for k in range(1 + image_negatives)]
+        terms.append(math.log(math.fsum(math.exp(logit_scale * (s - row[i])) for s in images if s is not None)))
+    return math.fsum(terms) / (max(len(terms), 1) if reduction == "token" else batch)
 
 
 def alignment_metrics(

@@ -38,6 +38,13 @@ def assert_trained(log: str) -> None:
         assert all(math.isfinite(loss) and loss > 0 for loss in losses)
 
 
+def test_trains_with_image_negatives(folder):
+    flags = ("--sparc-image-negatives", "1", "--sparc-fine-grained-weight", "0", "--accum-freq", "2")
+    losses = logged_losses(train(folder, *flags, name="image-negatives"), "Image_contrastive_loss")
+    assert losses
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
 def assert_same_weights(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     differing = [name for name in one if not torch.equal(one[name], other[name])]
@@ -163,7 +170,9 @@ def test_the_checkpoint_loads_in_open_clip_without_sparc_loss(folder):
 
 
 @pytest.mark.parametrize(
-    "flags", [(), ("--siglip",), ("--accum-freq", "2")], ids=lambda flags: " ".join(flags) or "clip"
+    "flags",
+    [(), ("--siglip",), ("--accum-freq", "2"), ("--sparc-image-negatives", "3")],
+    ids=lambda flags: " ".join(flags) or "clip",
 )
 def test_two_gloo_ranks_train_and_gather_with_gradient(folder, flags):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *SPARC)

@@ -100,13 +100,8 @@ def train_step(setting: Setting, batch: dict[str, Tensor], rank: int = 0, world_
         global_loss = SigLipLoss(**ranks)
     else:
         global_loss = ClipLoss(local_loss=setting.local_loss, gather_with_grad=True, **ranks)
-    loss = SparcLoss(
-        reduction=setting.reduction,
-        image_negatives=setting.image_negatives,
-        gather_with_grad=True,
-        global_loss=global_loss,
-        **ranks,
-    )
+    options = {"reduction": setting.reduction, "image_negatives": setting.image_negatives}
+    loss = SparcLoss(**options, gather_with_grad=True, global_loss=global_loss, **ranks)
     total = _accumulate(WRAPPERS[setting.wrapper](model), loss, batch, setting.accum_freq)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if setting.wrapper == "FSDP2":
@@ -122,20 +117,19 @@ def _accumulate(model: nn.Module, loss: nn.Module, batch: dict[str, Tensor], acc
     """As open_clip_train's loop: features of all parts first, then each part again with its gradient."""
     parts = [{name: value.chunk(accum_freq)[index] for name, value in batch.items()} for index in range(accum_freq)]
     with torch.no_grad():
-        cached = [output(model, part) for part in parts] if accum_freq > 1 else [{}]
+        cached = [_output(model, part) for part in parts] if accum_freq > 1 else [{}]
     for index, part in enumerate(parts):
-        outputs = output(model, part)
-        for name, value in outputs.items():
+        output = _output(model, part)
+        for name, value in output.items():
             if accum_freq > 1 and name not in ("logit_scale", "logit_bias"):
                 others = [each[name] for each in cached]
-                outputs[name] = torch.cat([*others[:index], value, *others[index + 1 :]])
-        total = loss(**outputs)
+                output[name] = torch.cat([*others[:index], value, *others[index + 1 :]])
+        total = loss(**output)
         total.backward()
     return total.detach()
 
 
-def output(model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model returns for a batch, with the batch's masks."""
+def _output(model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         **model(part["images"], part["texts"]),
         "token_mask": part["token_mask"],

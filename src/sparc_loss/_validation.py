@@ -24,6 +24,14 @@ def check_number(name: str, value: float, minimum: float, maximum: float = float
         raise ValueError(f"{name} is {value}; expected a number {expected}")
 
 
+def check_whole_number(name: str, value: int, minimum: int) -> None:
+    """Raise TypeError unless `value` is an int, ValueError unless it is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a whole number")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; expected a whole number of at least {minimum}")
+
+
 def check_features(shapes: str, **features: Tensor) -> None:
     """Check floating-point tensors against `shapes`, one comma-separated symbolic shape per tensor.
 

@@ -1,4 +1,4 @@
-"""SPARC's objective, one small function per equation (arXiv 2401.09865).
+"""SPARC's objective, one small function per equation (arXiv 2401.09865), and a contrast with other images beside it.
 
 This file is the readable truth: plain PyTorch, differentiable to any order. Whatever is faster is held against it.
 
@@ -16,7 +16,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from sparc_loss._validation import check_choice, check_features, check_mask, check_number
+from sparc_loss._validation import check_choice, check_features, check_mask, check_number, check_whole_number
 
 Alignment = Literal["sparse", "dense", "softmax"]
 Reduction = Literal["token", "sample"]
@@ -200,6 +200,27 @@ def fine_grained_loss(
     return sequence_contrastive_loss(grouped, token_features, token_mask, logit_scale, reduction)
 
 
+def alignment_scores(grouped: Tensor, token_features: Tensor, token_mask: Tensor) -> Tensor:
+    """How well each caption is found in the image that its groups come from: mean over its tokens of cos(t_l, c_l).
+
+    Not in the paper; see `image_contrastive_loss`.
+
+    Shape:
+        grouped: [B, L, D], from `language_grouped_embeddings`.
+        token_features: [B, L, D].
+        token_mask: bool [B, L], True for the tokens that count.
+        Returns [B], float32 (float64 if an input is), in [-1, 1]; 0 for a caption without a token that counts.
+
+    Raises:
+        TypeError: features not floating point, a mask not bool.
+        ValueError: wrong shapes or devices.
+    """
+    check_features("b l d, b l d", grouped=grouped, token_features=token_features)
+    check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
+    cosine = _einsum(_l2_normalised(grouped), _l2_normalised(token_features), "b l d, b l d -> b l")
+    return cosine.where(token_mask, 0).sum(dim=-1) / token_mask.sum(dim=-1).clamp(min=1)
+
+
 def image_contrastive_loss(
     patch_features: Tensor,
     token_features: Tensor,
@@ -209,71 +230,87 @@ def image_contrastive_loss(
     *,
     threshold: float | None = None,
     alignment: Alignment = "sparse",
+    reduction: Reduction = "token",
     patch_mask: Tensor | None = None,
     region_mask: Tensor | None = None,
 ) -> Tensor:
-    """Contrast of every caption's alignment with its own image against those with K other images; not in the paper.
+    """Contrast of each caption's alignment with its own image against those with K other images of the batch.
 
-    The sequence-wise loss can be solved by any image whose patches span the directions of the tokens; this one
-    cannot. A caption scores an image by the mean over its tokens of cos(t_l, c_l), with c_l from that image's patches
-    (Eqs. 2 to 5). The K others are those of the next K pairs of the batch, the first after the last. Cross-entropy
-    over the 1 + K scores * logit_scale, the own image as target; mean over captions.
+    Not in the paper. Eq. 6 compares a caption with groups of its own image only, and groups of another image may tell
+    the tokens apart as well; here they must not. Caption i scores image k by `alignment_scores`, with c_l from the
+    patches of image k (Eqs. 2 to 5). The images are its own and those of the next K pairs, the first pair following
+    the last. Cross-entropy over the 1 + K scores * logit_scale, the own image as target.
 
-    A caption without a token that counts, or whose own image has no patch, counts for nothing; an image without a
-    patch is nobody's negative. On another image a token may use every patch: `region_mask` knows only the own one.
+    A token counts as in `fine_grained_loss`: by its own image. Other images it searches whole, as the regions of
+    `region_mask` lie in the own one. An image without a patch is no negative of any caption.
 
     Args:
         patch_features: [B, P, D], not normalised.
         token_features: [B, L, D], not normalised.
         token_mask: bool [B, L], True for the tokens that count.
-        logit_scale: 1/tau, a number or a tensor of one element.
-        image_negatives: K, 1 to B - 1.
+        logit_scale: 1/tau, a number or a tensor of one element; scores are cosines, as in Eq. 6.
+        image_negatives: K, from 1 to B - 1.
         threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
         alignment: "sparse", "dense" or "softmax", see `alignment_weights`.
+        reduction: "token" averages over the captions with a token that counts; "sample" over all B, the others
+            counting 0.
         patch_mask: bool [B, P], False for padding patches.
-        region_mask: bool [B, L, P], True for the patches of its own image that a token may use.
+        region_mask: bool [B, L, P], True for the patches of its own image that a token may use; a token that may use
+            none does not count.
 
     Returns:
-        Scalar, float32 (float64 if a feature is); 0, still attached to the graph, if no caption counts.
+        Scalar, float32 (float64 if a feature is); 0, still attached to the graph, if no token counts.
 
     Raises:
-        TypeError: features not floating point, a mask not bool, a threshold or number that is none.
-        ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment, K outside 1 to B - 1.
+        TypeError: features not floating point, a mask not bool, a threshold that is no number, a K that is not whole.
+        ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment or reduction, a
+            logit_scale of several elements, a K below 1 or not below B.
+
+    Example:
+        >>> patches, tokens = torch.randn(4, 49, 16), torch.randn(4, 7, 16)
+        >>> mask = torch.ones(4, 7, dtype=torch.bool)
+        >>> image_contrastive_loss(patches, tokens, mask, logit_scale=10.0, image_negatives=3).shape
+        torch.Size([])
     """
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
-    batch = len(patch_features)
-    check_negatives(image_negatives, batch)
-    countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
-    tokens = _l2_normalised(token_features)
-    logits = []
-    for k in range(1 + image_negatives):
-        # Not roll, which fails for float16 under autocast.
-        others = torch.arange(k, k + batch, device=patch_features.device) % batch
-        patches = patch_features[others]
-        mask = None if patch_mask is None else patch_mask[others]
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("alignment", alignment, ALIGNMENTS)
+    check_negatives(image_negatives, len(patch_features))
+    token_mask = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+    # Every image is used 1 + K times: let its gradients meet before they are rounded to its dtype.
+    patch_features, token_features = _full_precision(patch_features), _full_precision(token_features)
+
+    place = torch.arange(len(patch_features), device=patch_features.device)
+    images = (place[:, None] + torch.arange(1 + image_negatives, device=place.device)) % len(place)
+    scores = []
+    for k, image in enumerate(images.unbind(dim=1)):
+        patches, mask = patch_features[image], None if patch_mask is None else patch_mask[image]
         similarity = token_patch_similarity(token_features, patches)
         weights = alignment_weights(similarity, threshold, alignment, mask, region_mask if k == 0 else None)
-        grouped = _l2_normalised(language_grouped_embeddings(weights, patches))
-        cosine = _einsum(grouped, tokens, "b l d, b l d -> b l").where(countable, 0)
-        score = cosine.sum(dim=-1) / countable.sum(dim=-1).clamp(min=1) * _one_element(logit_scale, cosine)
-        if mask is not None and k > 0:
-            score = score.where(mask.any(dim=-1), -torch.inf)
-        logits.append(score)
-    captions = countable.any(dim=-1)
-    loss = (torch.stack(logits).logsumexp(dim=0) - logits[0]).where(captions, 0)
-    return loss.sum() / captions.sum().clamp(min=1)
+        scores.append(alignment_scores(language_grouped_embeddings(weights, patches), token_features, token_mask))
+    logits = torch.stack(scores, dim=1)
+    logits = logits * _one_element(logit_scale, logits)
+    if patch_mask is not None:
+        # The lowest finite number, not -inf: see `sequence_contrastive_loss`.
+        logits = logits.masked_fill(~patch_mask.any(dim=1)[images], torch.finfo(logits.dtype).min)
+
+    captions = token_mask.any(dim=-1)
+    loss = (logits.logsumexp(dim=1) - logits[:, 0]).where(captions, 0)
+    return loss.sum() / (captions.sum().clamp(min=1) if reduction == "token" else len(captions))
 
 
-def check_negatives(image_negatives: int, batch: int | None = None) -> None:
-    """Raise unless it is a number of negatives, and the batch has so many other images for each caption."""
-    if isinstance(image_negatives, bool) or not isinstance(image_negatives, int):
-        raise TypeError(f"image_negatives is {image_negatives!r} ({type(image_negatives).__name__}); expected an int")
-    if image_negatives < 1:
-        raise ValueError(f"image_negatives is {image_negatives}; expected at least 1 (0 in SparcLoss turns it off)")
-    if batch is not None and image_negatives >= batch:
+def check_negatives(image_negatives: int, batch: int) -> None:
+    """Raise TypeError unless `image_negatives` is an int, ValueError unless `batch` has as many other images."""
+    check_whole_number("image_negatives", image_negatives, 1)
+    if batch < 2:
         raise ValueError(
-            f"image_negatives is {image_negatives} with {batch} images in this process's batch; expected at most "
-            f"{batch - 1}: an image has no negatives but the others"
+            f"image_negatives is {image_negatives} with a batch of {batch}; expected at least 2: "
+            "a batch of one image has no negatives"
+        )
+    if image_negatives >= batch:
+        raise ValueError(
+            f"image_negatives is {image_negatives} with a batch of {batch}; expected at most {batch - 1}, "
+            "the other images of the batch"
         )
 
 
@@ -328,6 +365,7 @@ def _l2_normalised(features: Tensor) -> Tensor:
 
 
 def _one_element(logit_scale: Tensor | float, like: Tensor) -> Tensor | float:
+    """The scale as a scalar of like's dtype and device."""
     if not isinstance(logit_scale, Tensor):
         return logit_scale
     if logit_scale.numel() != 1:

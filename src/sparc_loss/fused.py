@@ -67,6 +67,8 @@ OTHER_CHUNK_BYTES = 256 * 2**20
 # A group may hold so many masked positions for every one that counts: products spent for fewer groups.
 CPU_PADDING, OTHER_PADDING = 0.1, 0.5
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 # A hand-written gradient cannot be traced: a compiled caller breaks its graph here, and goes on after it.
 @torch.compiler.disable
@@ -119,6 +121,37 @@ def fine_grained_loss(
         >>> fine_grained_loss(patches, tokens, torch.ones(2, 7, dtype=torch.bool), logit_scale=10.0).shape
         torch.Size([])
     """
+    return _checked_and_applied(
+        _loss_and_gradients,
+        patch_features,
+        token_features,
+        token_mask,
+        logit_scale,
+        threshold,
+        alignment,
+        reduction,
+        patch_mask,
+        region_mask,
+        chunk_bytes,
+        recompute,
+    )
+
+
+def _checked_and_applied(
+    loss_and_gradients: Callable[..., tuple[Tensor, Gradients]],
+    patch_features: Tensor,
+    token_features: Tensor,
+    token_mask: Tensor,
+    logit_scale: Tensor | float,
+    threshold: float | None,
+    alignment: Alignment,
+    reduction: Reduction,
+    patch_mask: Tensor | None,
+    region_mask: Tensor | None,
+    chunk_bytes: int | None,
+    recompute: bool,
+) -> Tensor:
+    """The loss of arguments that this checks, by a function called like `_loss_and_gradients`."""
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
     check_choice("alignment", alignment, ALIGNMENTS)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -142,9 +175,9 @@ def fine_grained_loss(
     features = patch_features, token_features, logit_scale
     masks = countable, patch_mask, region_mask
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in features):
-        return _FineGrainedLoss.apply(*features, *masks, settings)
+        return _FineGrainedLoss.apply(*features, *masks, settings, loss_and_gradients)
     with torch.no_grad():
-        return _loss_and_gradients(*features, *masks, settings, (False, False, False))[0]
+        return loss_and_gradients(*features, *masks, settings, (False, False, False))[0]
 
 
 @dataclass(frozen=True)
@@ -157,16 +190,13 @@ class _Settings:
     recompute: bool
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
 class _FineGrainedLoss(torch.autograd.Function):
-    """(patch_features, token_features, logit_scale, countable, patch_mask, region_mask, settings) -> loss."""
+    """(the first seven arguments of loss_and_gradients, and that function) -> loss."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, settings = inputs
-        ctx.settings = settings
+        *tensors, settings, loss_and_gradients = inputs
+        ctx.settings, ctx.loss_and_gradients = settings, loss_and_gradients
         ctx.save_for_backward(*tensors)
         wanted = tuple(ctx.needs_input_grad[:3])
         # float16 has no room for a gradient that the loss scaler has not yet multiplied.
@@ -174,8 +204,8 @@ class _FineGrainedLoss(torch.autograd.Function):
             tensor.dtype == torch.float16 for tensor, want in zip(tensors, wanted, strict=False) if want
         ):
             ctx.gradients = None
-            return _loss_and_gradients(*inputs, (False, False, False))[0]
-        loss, ctx.gradients = _loss_and_gradients(*inputs, wanted)
+            return loss_and_gradients(*tensors, settings, (False, False, False))[0]
+        loss, ctx.gradients = loss_and_gradients(*tensors, settings, wanted)
         return loss
 
     @staticmethod
@@ -185,7 +215,7 @@ class _FineGrainedLoss(torch.autograd.Function):
         with torch.no_grad():
             if gradients is None:
                 wanted = tuple(ctx.needs_input_grad[:3])
-                _, gradients = _loss_and_gradients(*ctx.saved_tensors, ctx.settings, wanted, grad_output)
+                _, gradients = ctx.loss_and_gradients(*ctx.saved_tensors, ctx.settings, wanted, grad_output)
             elif grad_output.device.type != "cpu" or grad_output != 1:
                 for gradient in gradients:
                     if gradient is not None:
@@ -195,7 +225,7 @@ class _FineGrainedLoss(torch.autograd.Function):
             gradients = tuple(
                 gradient if gradient is None else _Final.apply(gradient, *inputs) for gradient in gradients
             )
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 class _Final(torch.autograd.Function):
@@ -271,7 +301,7 @@ def _loss_and_gradients(
 
 
 def _groups(
-    numbers: list[int], patches: int, dim: int, itemsize: int, settings: _Settings
+    numbers: list[int], patches: int, dim: int, itemsize: int, settings: _Settings, images: int = 1
 ) -> Iterator[tuple[slice, int]]:
     """Slices of captions, sorted by their number of tokens, and the longest of each; empty captions are in none."""
     stop = len(numbers)
@@ -279,7 +309,10 @@ def _groups(
         longest = tokens = numbers[stop - 1]
         start = stop - 1
         # Patches and their gradient, twelve [L, D], six [L, P] and eight [L, L] at the fullest moment.
-        per_caption = itemsize * (2 * patches * dim + longest * (12 * dim + 6 * patches + 8 * longest))
+        per_token = 12 * dim + 6 * patches + 8 * longest
+        # And two [L, D] and two [L, P] that wait for each further image of a caption: see fused_contrast.py.
+        per_token += (images - 1) * 2 * (dim + patches)
+        per_caption = itemsize * (2 * patches * dim + longest * per_token)
         while start and numbers[start - 1]:
             tokens += numbers[start - 1]
             size = stop - start + 1

@@ -48,9 +48,11 @@ def test_the_defaults_are_those_of_sparc_loss():
 def test_every_flag_reaches_the_loss():
     flags = "--sparc-global-weight 2 --sparc-fine-grained-weight 3 --sparc-threshold 0.25 --sparc-alignment dense"
     flags += " --sparc-reduction sample --sparc-scale 20"
+    flags += " --sparc-image-negatives 3 --sparc-image-contrastive-weight 0.5"
     loss = sparc.create_loss(parse(*flags.split()))
     assert (loss.global_weight, loss.fine_grained_weight, loss.threshold) == (2, 3, 0.25)
     assert (loss.alignment, loss.reduction, loss.fine_grained_scale) == ("dense", "sample", 20)
+    assert (loss.image_negatives, loss.image_contrastive_weight) == (3, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +79,15 @@ def test_the_global_loss_is_what_open_clip_makes_of_the_flags(flags, global_loss
         ("--sparc-alignment=hard", "argument --sparc-alignment: invalid choice: 'hard'"),
         ("--sparc-reduction=mean", "argument --sparc-reduction: invalid choice: 'mean'"),
         ("--sparc-tokens=none", "argument --sparc-tokens: invalid choice: 'none'"),
-        ("--sparc-image-negatives=0", "argument --sparc-image-negatives: '0' given; expected a whole number of"),
-        ("--sparc-image-contrastive-weight=-1", "argument --sparc-image-contrastive-weight: '-1' given; expected"),
-        ("--sparc-start=0", "argument --sparc-start: '0' given; expected a whole number of at least 1"),
+        (
+            "--sparc-image-negatives=-1",
+            "argument --sparc-image-negatives: '-1' given; expected a whole number of at least 0",
+        ),
+        (
+            "--sparc-image-contrastive-weight=-1",
+            "argument --sparc-image-contrastive-weight: '-1' given; expected a number of at least 0",
+        ),
+        ("--sparc-start=-1", "argument --sparc-start: '-1' given; expected a whole number of at least 0"),
         ("--sparc-probe-every=x", "argument --sparc-probe-every: 'x' given; expected a whole number of at least 1"),
         ("--sparc-show-every=0", "argument --sparc-show-every: '0' given; expected a whole number of at least 1"),
         ("--sparc-show-every=1.5", "argument --sparc-show-every: '1.5' given; expected a whole number of at least 1"),

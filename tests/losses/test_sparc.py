@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest import mock
 
@@ -39,6 +40,12 @@ def fine_grained(outputs: dict[str, Tensor], **options: object) -> Tensor:
     return fine_grained_loss(outputs["patch_features"], outputs["token_features"], outputs["token_mask"], **arguments)
 
 
+def image_contrastive(outputs: dict[str, Tensor], image_negatives: int, **options: object) -> Tensor:
+    features = (outputs[name] for name in ("patch_features", "token_features", "token_mask"))
+    arguments = {"logit_scale": outputs["logit_scale"], **options}
+    return image_contrastive_loss(*features, image_negatives=image_negatives, **arguments)
+
+
 def contrastive(outputs: dict[str, Tensor]) -> Tensor:
     return ClipLoss()(outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
 
@@ -70,42 +77,6 @@ def test_is_the_weighted_sum_of_clip_loss_and_fine_grained_loss(outputs: dict[st
 
 def test_default_weights_are_the_papers(outputs: dict[str, Tensor]) -> None:
     assert_close(SparcLoss()(**outputs), 0.5 * contrastive(outputs) + fine_grained(outputs))
-
-
-def test_image_negatives_add_a_term_with_a_weight_and_the_scale_of_the_fine_grained_half(
-    outputs: dict[str, Tensor],
-) -> None:
-    loss = SparcLoss(image_negatives=2, image_contrastive_weight=0.7, threshold=0.5, fine_grained_scale=4.0)
-    terms = loss(**outputs, output_dict=True)
-    features = (outputs[name] for name in ("patch_features", "token_features", "token_mask"))
-    assert_close(terms["image_contrastive_loss"], 0.7 * image_contrastive_loss(*features, 4.0, 2, threshold=0.5))
-    without = SparcLoss(threshold=0.5, fine_grained_scale=4.0)(**outputs, output_dict=True)
-    assert list(terms) == [*without, "image_contrastive_loss"]
-    assert all(torch.equal(terms[name], without[name]) for name in without)
-
-
-def test_image_negatives_need_no_sequence_wise_half(outputs: dict[str, Tensor]) -> None:
-    terms = SparcLoss(fine_grained_weight=0, image_negatives=1)(**outputs, output_dict=True)
-    assert terms["fine_grained_loss"] == 0
-    assert terms["image_contrastive_loss"] > 0
-
-
-@pytest.mark.parametrize(
-    ("option", "error", "message"),
-    [
-        ({"image_negatives": -1}, ValueError, "image_negatives is -1; expected at least 1 (0 in SparcLoss"),
-        ({"image_negatives": 2.0}, TypeError, "image_negatives is 2.0 (float); expected an int"),
-        ({"image_contrastive_weight": -1}, ValueError, "image_contrastive_weight is -1; expected"),
-    ],
-)
-def test_image_negatives_that_make_no_sense_are_refused(option: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        SparcLoss(**option)
-
-
-def test_more_image_negatives_than_the_batch_has_are_refused(outputs: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="image_negatives is 3 with 3 images in this process's batch"):
-        SparcLoss(image_negatives=3)(**outputs)
 
 
 def test_the_dictionary_sums_to_the_scalar(outputs: dict[str, Tensor]) -> None:
@@ -177,6 +148,84 @@ def test_a_logit_scale_of_shape_one_gives_a_scalar(outputs: dict[str, Tensor]) -
     reshaped = {**outputs, "logit_scale": outputs["logit_scale"].reshape(1), "logit_bias": bias}
     for weights in ((0.5, 1), (0, 1), (1, 0)):
         assert SparcLoss(*weights, fine_grained_scale=2.0)(**reshaped).shape == ()
+
+
+# The contrast with other images
+
+
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def test_image_negatives_add_a_weighted_term_and_leave_the_others_bit_for_bit(
+    outputs: dict[str, Tensor], implementation: str
+) -> None:
+    without = SparcLoss(implementation=implementation)(**outputs, output_dict=True)
+    loss = SparcLoss(implementation=implementation, image_negatives=2, image_contrastive_weight=0.7)
+    terms = loss(**outputs, output_dict=True)
+    assert list(terms) == [*without, "image_contrastive_loss"]
+    assert all(torch.equal(terms[name], without[name]) for name in without)
+    assert_close(terms["image_contrastive_loss"], 0.7 * image_contrastive(outputs, 2))
+    assert_close(loss(**outputs), sum(terms.values()))
+
+
+def test_without_image_negatives_the_contrast_is_not_computed(outputs: dict[str, Tensor]) -> None:
+    for options in ({}, {"image_negatives": 2, "image_contrastive_weight": 0}):
+        for implementation in IMPLEMENTATIONS:
+            with refused_contrast():
+                terms = SparcLoss(implementation=implementation, **options)(**outputs, output_dict=True)
+            assert list(terms) == ["contrastive_loss", "fine_grained_loss"]
+
+
+def refused_contrast() -> ExitStack:
+    stack = ExitStack()
+    for module in ("functional", "fused_contrast"):
+        name = f"sparc_loss.{module}.image_contrastive_loss"
+        stack.enter_context(mock.patch(name, side_effect=AssertionError("called")))
+    return stack
+
+
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def test_the_contrast_with_other_images_works_alone(outputs: dict[str, Tensor], implementation: str) -> None:
+    loss = SparcLoss(0, 0, image_negatives=1, implementation=implementation)
+    assert_close(loss(**outputs), image_contrastive(outputs, 1))
+    loss(**outputs).backward()
+    assert outputs["patch_features"].grad.any()
+    assert outputs["token_features"].grad.any()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": 0.7}, {"alignment": "dense"}, {"alignment": "softmax"}, {"reduction": "sample"}],
+    ids=str,
+)
+def test_settings_reach_the_contrast_with_other_images(
+    outputs: dict[str, Tensor], options: dict, implementation: str
+) -> None:
+    loss = SparcLoss(image_negatives=2, implementation=implementation, **options)
+    term = loss(**outputs, output_dict=True)["image_contrastive_loss"]
+    assert_close(term, image_contrastive(outputs, 2, **options))
+    assert not torch.equal(term, image_contrastive(outputs, 2))
+
+
+@pytest.mark.parametrize(("mask", "shape"), [("patch_mask", (B, P)), ("region_mask", (B, L, P))])
+def test_masks_reach_the_contrast_with_other_images(
+    outputs: dict[str, Tensor], mask: str, shape: tuple[int, ...]
+) -> None:
+    masks = {mask: torch.rand(shape) < 0.5}
+    term = SparcLoss(image_negatives=2)(**outputs, **masks, output_dict=True)["image_contrastive_loss"]
+    assert_close(term, image_contrastive(outputs, 2, **masks))
+    assert not torch.equal(term, image_contrastive(outputs, 2))
+
+
+def test_the_contrast_with_other_images_has_the_scale_of_the_fine_grained_half(outputs: dict[str, Tensor]) -> None:
+    terms = SparcLoss(image_negatives=1, fine_grained_scale=3.0)(**outputs, output_dict=True)
+    assert_close(terms["image_contrastive_loss"], image_contrastive(outputs, 1, logit_scale=3.0))
+
+
+@pytest.mark.parametrize("negatives", [3, 4])
+def test_more_negatives_than_the_batch_has_are_refused(outputs: dict[str, Tensor], negatives: int) -> None:
+    message = f"image_negatives is {negatives} with a batch of 3; expected at most 2, the other images of the batch"
+    with pytest.raises(ValueError, match=message):
+        SparcLoss(image_negatives=negatives)(**outputs)
 
 
 # A weight of zero
@@ -305,7 +354,9 @@ def test_prints_its_settings() -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "sample"}, {"alignment": "softmax"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sample"}, {"alignment": "softmax"}, {"image_negatives": 2}], ids=str
+)
 def test_compiles_without_a_graph_break(outputs: dict[str, Tensor], options: dict) -> None:
     torch.compiler.reset()
     loss = SparcLoss(**options)
@@ -342,6 +393,9 @@ def test_other_caption_lengths_compile_nothing_anew(outputs: dict[str, Tensor], 
         ({"reduction": "sum"}, ValueError, "reduction is 'sum'; expected one of 'token', 'sample'"),
         ({"fine_grained_scale": 0}, ValueError, "fine_grained_scale is 0; expected a number above 0"),
         ({"fine_grained_scale": -1.0}, ValueError, "fine_grained_scale is -1.0; expected a number"),
+        ({"image_negatives": -1}, ValueError, "image_negatives is -1; expected a whole number of at least 0"),
+        ({"image_negatives": 1.5}, TypeError, "image_negatives is 1.5 (float); expected a whole number"),
+        ({"image_contrastive_weight": -1}, ValueError, "image_contrastive_weight is -1; expected a number at least 0"),
         ({"implementation": "cuda"}, ValueError, "implementation is 'cuda'; expected one of 'auto', 'eager', 'fused'"),
         ({"world_size": 4}, ValueError, "gather_with_grad is False with world_size 4; expected True"),
         (

@@ -8,10 +8,9 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 from torch.testing import assert_close
-from toy_training import LENGTHS, LinearModel, Setting, output, train_every_way, train_step, whole_batch
+from toy_training import LENGTHS, LinearModel, Setting, train_every_way, train_step, whole_batch
 
-from sparc_loss import SparcLoss
-from sparc_loss.functional import countable_tokens, image_contrastive_loss
+from sparc_loss.functional import image_contrastive_loss
 
 # SigLipLoss knows no local_loss.
 LOSSES = [("ClipLoss", False), ("ClipLoss", True), ("SigLipLoss", False)]
@@ -28,14 +27,21 @@ ACCUMULATED = {
     f"{lengths}, {reduction}, accum_freq 3": Setting(lengths, reduction=reduction, accum_freq=3)
     for lengths, reduction in product(LENGTHS, ("token", "sample"))
 }
-# Contrasted on each rank with the rank's own images.
-NEGATIVES = {f"{lengths}, image negatives": Setting(lengths, image_negatives=2) for lengths in LENGTHS}
+CONTRASTED = {
+    f"{lengths}, {reduction}, image_negatives 2, accum_freq {accum_freq}": Setting(
+        lengths, reduction=reduction, accum_freq=accum_freq, image_negatives=2
+    )
+    for lengths, reduction, accum_freq in [
+        *product(LENGTHS, ("token", "sample"), (1,)),
+        ("very different lengths", "token", 3),
+    ]
+}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda number: f"{number} ranks")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """For each rank, what it made of each setting."""
-    settings = SETTINGS | ACCUMULATED | NEGATIVES | (SHARDED if SHARDS_ON_CPU else {})
+    settings = SETTINGS | ACCUMULATED | CONTRASTED | (SHARDED if SHARDS_ON_CPU else {})
     return run_ranks(train_every_way, request.param, tmp_path_factory.mktemp("ranks"), settings)
 
 
@@ -64,36 +70,6 @@ def test_ranks_that_shard_the_parameters_equal_one_process(ranks: list[dict[str,
     assert_equal_one_process(ranks, name, SHARDED[name])
 
 
-@pytest.mark.parametrize("name", NEGATIVES)
-def test_image_negatives_on_ranks_equal_one_process_that_contrasts_within_each_ranks_part(
-    ranks: list[dict[str, dict]], name: str
-) -> None:
-    batch, model = whole_batch(NEGATIVES[name].lengths, len(ranks)), LinearModel(siglip=False)
-    outputs = output(model, batch)
-    captions = countable_tokens(
-        *(outputs[key] for key in ("token_features", "patch_features", "token_mask")),
-        region_mask=outputs["region_mask"],
-    ).any(dim=1)
-    total = SparcLoss()(**outputs)
-    local = ("patch_features", "token_features", "token_mask", "region_mask")
-    for part in torch.arange(len(captions)).chunk(len(ranks)):
-        patches, tokens, mask, regions = (outputs[key][part] for key in local)
-        loss = image_contrastive_loss(patches, tokens, mask, outputs["logit_scale"], 2, region_mask=regions)
-        total = total + loss * captions[part].sum() / captions.sum().clamp(min=1)
-    total.backward()
-    assert_close(sum(each[name]["loss"] for each in ranks) / len(ranks), total.detach(), rtol=1e-10, atol=1e-10)
-    for parameter, value in model.named_parameters():
-        for each in ranks:
-            assert_close(each[name][parameter], value.grad, rtol=1e-10, atol=1e-10)
-
-
-def test_accumulated_parts_contrast_with_the_images_of_the_whole_batch() -> None:
-    setting = Setting("very different lengths", wrapper="none", accum_freq=3, image_negatives=4)
-    result = train_step(setting, whole_batch(setting.lengths, 2))
-    assert_close(result["loss"], on_one_process(setting, 2)["loss"], rtol=1e-10, atol=1e-10)
-    assert_accumulated(result, on_one_process(setting, 2), setting.accum_freq)
-
-
 def assert_accumulated(result: dict[str, Tensor], expected: dict[str, Tensor], accum_freq: int) -> None:
     for parameter, gradient in expected.items():
         if parameter != "loss":
@@ -115,6 +91,55 @@ def test_accumulated_parts_on_many_ranks_equal_one_process(ranks: list[dict[str,
     expected = on_one_process(ACCUMULATED[name], len(ranks))
     for result in ranks:
         assert_accumulated(result[name], expected, ACCUMULATED[name].accum_freq)
+
+
+def contrasted_on_one_process(setting: Setting, world_size: int) -> dict[str, Tensor]:
+    """As `on_one_process`, where each caption is contrasted with other images of its rank's part of the batch."""
+    batch = whole_batch(setting.lengths, world_size)
+    plain = train_step(replace(setting, wrapper="none", accum_freq=1, image_negatives=0), batch)
+    model = LinearModel(siglip=False)
+    parts, numbers = [], []
+    for index in range(world_size):
+        part = {name: value.chunk(world_size)[index] for name, value in batch.items()}
+        output = model(part["images"], part["texts"])
+        masks = {name: part[name] for name in ("token_mask", "region_mask")}
+        features = {name: output[name] for name in ("patch_features", "token_features", "logit_scale")}
+        parts.append(image_contrastive_loss(**features, **masks, image_negatives=2, reduction=setting.reduction))
+        counts = (part["token_mask"][..., None] & part["region_mask"]).any(dim=2).any(dim=1).sum()
+        numbers.append(counts if setting.reduction == "token" else torch.tensor(1))
+    term = sum(loss * number for loss, number in zip(parts, numbers, strict=True)) / max(sum(numbers), 1)
+    term.backward()
+    return {
+        "loss": plain["loss"] + term.detach(),
+        **{name: plain[name] + parameter.grad for name, parameter in model.named_parameters()},
+    }
+
+
+@pytest.mark.parametrize("name", CONTRASTED)
+def test_ranks_contrast_with_their_own_images_and_average_over_the_captions_of_all(
+    ranks: list[dict[str, dict]], name: str
+) -> None:
+    setting, expected = CONTRASTED[name], contrasted_on_one_process(CONTRASTED[name], len(ranks))
+    results = [result[name] for result in ranks]
+    mean_loss = sum(result["loss"] for result in results) / len(ranks)
+    assert_close(mean_loss, expected["loss"], rtol=1e-10, atol=1e-10)
+    for result in results:
+        assert_accumulated(result, expected, setting.accum_freq)
+
+
+def test_the_contrast_with_other_images_changes_the_gradient_of_every_rank(ranks: list[dict[str, dict]]) -> None:
+    name = "very different lengths, token, image_negatives 2, accum_freq 1"
+    plain = on_one_process(replace(CONTRASTED[name], image_negatives=0), len(ranks))
+    for result in ranks:
+        assert (result[name]["image.weight"] - plain["image.weight"]).abs().max() > 1e-3
+
+
+def test_accumulated_parts_contrast_as_one_batch_of_their_size() -> None:
+    """The images of the other parts are negatives too: each part alone here has one image, and no negative."""
+    setting = Setting("very different lengths", wrapper="none", accum_freq=6, image_negatives=2)
+    result, expected = train_step(setting, whole_batch(setting.lengths, 2)), on_one_process(setting, 2)
+    assert_close(result["loss"], expected["loss"], rtol=1e-10, atol=1e-10)
+    assert_accumulated(result, expected, setting.accum_freq)
 
 
 def test_a_single_rank_under_ddp_is_one_process(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -53,7 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_scale_and_tokens(group, "sparc")
     group.add_argument(
         "--sparc-image-negatives",
-        type=_count,
+        type=_whole_number(minimum=0),
         default=0,
         metavar="K",
         help="contrast each caption's alignment with its own image against those with K other images of the batch; "
@@ -68,14 +69,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--sparc-start",
-        type=_count,
+        type=_whole_number(minimum=0),
         default=0,
         metavar="N",
         help="train the global loss alone for the first N epochs, those before a --resume included (default: none)",
     )
     group.add_argument(
         "--sparc-probe-every",
-        type=_count,
+        type=_whole_number(minimum=1),
         default=0,
         metavar="N",
         help="measure on validation pairs after every N epochs whether the fine-grained loss looks at the image "
@@ -83,7 +84,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--sparc-show-every",
-        type=_count,
+        type=_whole_number(minimum=1),
         default=0,
         metavar="N",
         help="draw what words select in a few validation pairs after every N epochs, to the run's folder and to "
@@ -149,7 +150,10 @@ def after_epoch(model: nn.Module, data: dict[str, Any], epoch: int, args: Namesp
         show_validation_pairs(model, data, epoch, args, tb_writer)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise ArgumentTypeError(f"{text!r} given; expected a whole number of at least 1")
-    return int(text)
+def _whole_number(minimum: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise ArgumentTypeError(f"{text!r} given; expected a whole number of at least {minimum}")
+        return int(text)
+
+    return whole_number

@@ -1,4 +1,7 @@
-"""SPARC: open_clip's global loss plus the fine-grained loss within each pair (arXiv 2401.09865, Eq. 7)."""
+"""SPARC: open_clip's global loss plus the fine-grained loss within each pair (arXiv 2401.09865, Eq. 7).
+
+With `image_negatives`, which the paper does not have, a contrast of each pair's alignment with other images as well.
+"""
 
 import logging
 
@@ -6,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparc_loss import functional, fused
-from sparc_loss._validation import check_choice, check_number
+from sparc_loss import functional, fused, fused_contrast
+from sparc_loss._validation import check_choice, check_number, check_whole_number
 from sparc_loss.functional import (
     ALIGNMENTS,
     REDUCTIONS,
     Alignment,
     Reduction,
-    check_negatives,
     countable_tokens,
 )
 from sparc_loss.losses.objective import Objective
@@ -30,6 +32,10 @@ class SparcLoss(Objective):
     Over W ranks the gradient that DistributedDataParallel averages equals that of one process on the whole batch.
     The fine-grained half gathers nothing; with `reduction="token"` it all-reduces one integer.
 
+    `image_negatives` adds `image_contrastive_weight` times `functional.image_contrastive_loss`. Its negatives are
+    images of the rank's own batch: over W ranks it is the mean over the captions of all, each contrasted with other
+    images of its rank. It gathers nothing either, and all-reduces one integer of its own.
+
     Args:
         global_weight: lambda_g; scales the `contrastive_loss` of the global loss. 0 skips that half's work.
         fine_grained_weight: lambda_f. 0 skips that half's work.
@@ -37,9 +43,9 @@ class SparcLoss(Objective):
         alignment: "sparse" (the paper), "dense" (no Eq. 3) or "softmax" (over patches, instead of Eqs. 2-4).
         reduction: "token" (the paper's Listing 1) or "sample" (its Eq. 6).
         fine_grained_scale: 1/tau of the fine-grained half; None shares the model's learned `logit_scale` (the paper).
-        image_negatives: K; contrasts each caption's alignment with its own image against those with K other images of
-            this process's batch (`functional.image_contrastive_loss`). 0 is the paper.
-        image_contrastive_weight: of that term.
+        image_negatives: K, the number of other images with which each caption's alignment is contrasted, below the
+            number of pairs of every (accumulated) batch; costs 1 + K alignments. 0 is the paper.
+        image_contrastive_weight: of that contrast. 0 skips its work. Its settings are those of the fine-grained half.
         implementation: "eager" takes the plain functions of `sparc_loss.functional`, differentiable to any order and
             compiled without a graph break; "fused" takes `sparc_loss.fused`, cheaper, with first derivatives only and
             a graph break under torch.compile. "auto" takes "fused" on CPU and CUDA outside torch.compile, else
@@ -52,8 +58,8 @@ class SparcLoss(Objective):
             open_clip 4, and logs the others.
 
     Raises:
-        TypeError: a weight, threshold or scale that is no number.
-        ValueError: a negative weight, a threshold outside [0, 1], a scale not above 0, an unknown `alignment`,
+        TypeError: a weight, threshold or scale that is no number, a K that is not whole.
+        ValueError: a negative weight or K, a threshold outside [0, 1], a scale not above 0, an unknown `alignment`,
             `reduction` or `implementation`; `world_size > 1` without `gather_with_grad=True`, or a `global_loss`
             of another world_size.
         ImportError: `global_loss` is None and open_clip is not installed.
@@ -110,9 +116,8 @@ class SparcLoss(Objective):
         check_choice("alignment", alignment, ALIGNMENTS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("implementation", implementation, IMPLEMENTATIONS)
+        check_whole_number("image_negatives", image_negatives, 0)
         check_number("image_contrastive_weight", image_contrastive_weight, 0)
-        if image_negatives != 0:
-            check_negatives(image_negatives)
 
         self.threshold = threshold
         self.alignment = alignment
@@ -163,10 +168,11 @@ class SparcLoss(Objective):
         region_mask: Tensor | None,
         **_: Tensor,
     ) -> dict[str, Tensor]:
-        """The contrast with other images, so scaled that the mean over ranks is that over the captions of all."""
-        if self.image_negatives == 0:
+        """{"image_contrastive_loss": ...}, weighted and scaled as the fine-grained term, if there are negatives."""
+        if self.image_negatives == 0 or self.image_contrastive_weight == 0:
             return {}
-        loss = functional.image_contrastive_loss(
+        module = fused_contrast if self._fuses(patch_features) else functional
+        loss = module.image_contrastive_loss(
             patch_features,
             token_features,
             token_mask,
@@ -174,10 +180,11 @@ class SparcLoss(Objective):
             self.image_negatives,
             threshold=self.threshold,
             alignment=self.alignment,
+            reduction=self.reduction,
             patch_mask=patch_mask,
             region_mask=region_mask,
         )
-        if self.world_size > 1:
+        if self.reduction == "token" and self.world_size > 1:
             countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
             loss = _mean_over_all(loss, countable.any(dim=1).sum(), self.world_size)
         return {"image_contrastive_loss": self.image_contrastive_weight * loss}
