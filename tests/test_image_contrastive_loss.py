@@ -310,7 +310,7 @@ def test_nan_in_another_image_shows(loss: Callable[..., Tensor], value: float) -
 @every_implementation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_low_precision_features_are_computed_in_float32(
+def test_low_precision_features_are_computed_in_float32_and_their_gradients_rounded_once(
     loss: Callable[..., Tensor], dtype: torch.dtype, autocast: bool
 ) -> None:
     low = random_batch([4, 2, 3], dtype).with_gradients()
@@ -320,12 +320,12 @@ def test_low_precision_features_are_computed_in_float32(
         found = loss(**vars(low), image_negatives=2)
     expected = loss(**vars(single), image_negatives=2)
     assert torch.equal(found, expected)
-    (1000 * found).backward()
-    (1000 * expected).backward()
+    # A power of two, which rounds nothing and keeps float16 from underflow.
+    (1024 * found).backward()
+    (1024 * expected).backward()
     for name in ("patch_features", "token_features"):
-        ours, exact = getattr(low, name).grad, getattr(single, name).grad
-        # An image's gradients from its own caption and from others meet before they are rounded, once or twice.
-        assert (ours.float() - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
+        # An image's gradients from its own caption and from others meet before they are rounded.
+        assert torch.equal(getattr(low, name).grad, getattr(single, name).grad.to(dtype))
 
 
 @every_implementation
