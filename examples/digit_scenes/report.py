@@ -44,7 +44,7 @@ def write_report(run: Path, models: Mapping[str, Path], data: Path) -> str:
     (run / "results.json").write_text(json.dumps(columns, indent=2))
     table = markdown_table(columns)
     (run / "table.md").write_text(table)
-    show_words(run, {name: models[name] for name in ("CLIP", "SPARC")}, test)
+    show_words(run, {name: models[name] for name in ("CLIP", "recipe")}, test)
     return table
 
 

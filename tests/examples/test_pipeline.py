@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
 def test_it_ends_with_a_table_of_every_measure_for_each_model_and_chance_and_ceiling(finished):
     output, run = finished
     results = json.loads((run / "results.json").read_text())
-    assert list(results) == ["start", "CLIP", "SPARC", "chance", "ceiling"]
+    assert list(results) == ["start", "CLIP", "SPARC", "recipe", "chance", "ceiling"]
     assert all(set(column) == MEASURES and all(0 <= x <= 1 for x in column.values()) for column in results.values())
     assert (run / "table.md").read_text() in output
 
@@ -46,7 +46,7 @@ def test_it_shows_what_words_select(finished):
     output, run = finished
     assert (run / "words.png").stat().st_size > 10_000
     page = (run / "words.html").read_text(encoding="utf-8")
-    assert [page.count(f">{name}</h2>") for name in ("CLIP", "SPARC")] == [6, 6]
+    assert [page.count(f">{name}</h2>") for name in ("CLIP", "recipe")] == [6, 6]
     assert str(run / "words.html") in output
 
 
@@ -56,6 +56,14 @@ def test_sparc_and_the_control_start_from_the_same_checkpoint(finished):
     assert all(f"model: local-dir:{run / 'models' / 'start'}" in text for text in parameters.values())
     assert "loss: sparc" in parameters["SPARC"]
     assert "loss: clip" in parameters["CLIP"]
+
+
+def test_the_recipe_trains_from_scratch_for_as_many_epochs_as_start_and_sparc_together(finished):
+    _, run = finished
+    parameters = (run / "logs" / "recipe" / "params.txt").read_text()
+    assert f"model: local-dir:{run / 'models' / 'untrained'}" in parameters
+    assert "sparc_image_negatives: 3" in parameters
+    assert "epochs: 2\n" in parameters
 
 
 def test_the_models_are_folders_that_open_clip_loads(finished):

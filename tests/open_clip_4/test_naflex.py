@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 import numpy as np
 import pytest
@@ -151,7 +151,9 @@ def test_modern_text_gives_the_pooled_feature_bit_for_bit_and_each_token_alone(p
     ],
 )
 def test_accumulating_batches_of_varying_sizes_is_refused(args: dict, varying: str) -> None:
-    args = Namespace(accum_freq=2, sparc_show_every=0, sparc_metrics=None, **args)
+    parser = ArgumentParser()
+    sparc.add_arguments(parser)
+    args = parser.parse_args([], Namespace(accum_freq=2, **args))
     with pytest.raises(ValueError, match=f"--accum-freq is 2 with {varying}; expected 1 with --loss sparc"):
         sparc.prepare_model(naflex_clip(), args)
 
