@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from ..digit_scenes.dataset import read_captions, write_dataset
-from ..digit_scenes.model import write_model
+from ..digit_scenes.model import CONFIG, write_model
+from ..digit_scenes.scenes import Split
 from .plan import FAMILIES, PLANS, SEEDS, SIZES, TUNING_SEED, Run, Size, clip_run, final_runs, tuning_runs
 from .report import write_report
 from .training import Folders, execute
@@ -53,10 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(folders: Folders, size: Size) -> None:
-    """The scenes and the untrained models, unless they are there."""
+    """The scenes and the untrained models, unless they are there.
+
+    Raises:
+        SystemExit: those that are there are of another size.
+    """
     folders.root.mkdir(parents=True, exist_ok=True)
+    scenes: dict[Split, int] = {"train": size.scenes, "val": size.held_out, "test": size.held_out}
     if not folders.data.exists():
-        write_dataset(folders.data, {"train": size.scenes, "val": size.held_out, "test": size.held_out})
+        write_dataset(folders.data, scenes)
+    for split, number in scenes.items():
+        _check_found(folders.data, f"{split} scenes", len(read_captions(folders.data, split)), number)
     captions = read_captions(folders.data, "train")
     for pooling in ("mean", "last"):
         for seed in (*SEEDS, TUNING_SEED):
@@ -65,6 +73,9 @@ def prepare(folders: Folders, size: Size) -> None:
                 write_model(
                     folder, captions, seed, pooling=pooling, width=size.width, vision_layers=size.vision_layers
                 )
+            vision = json.loads((folder / CONFIG).read_text())["model_cfg"]["vision_cfg"]
+            _check_found(folder, "width", vision["width"], size.width)
+            _check_found(folder, "vision layers", vision["layers"], size.vision_layers)
 
 
 def run_all(runs: Sequence[Run], size: Size, folders: Folders, workers: int) -> dict[Run, dict[str, Any]]:
@@ -105,6 +116,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _check_found(folder: Path, what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise SystemExit(f"{folder} has {what}: {found}; expected {expected}, or another --output")
+
+
 def _read(run: Run, size: Size, folders: Folders) -> dict[str, Any] | None:
     """A finished run's result; None if there is none, or one of other settings."""
     path = folders.result(run)
@@ -123,7 +139,7 @@ def _write(run: Run, size: Size, folders: Folders, result: dict[str, Any]) -> No
 
 
 def _description(run: Run, size: Size) -> dict[str, Any]:
-    """All that decides the result, as JSON gives it back."""
+    """The run and the size, as JSON gives them back. Who changes code or constants takes another folder."""
     return json.loads(json.dumps({**asdict(run), **asdict(size)}))
 
 

@@ -152,7 +152,8 @@ def _of_batch(regions: Tensor, batch: Tensor) -> Tensor:
 @cache
 def _training_images(data: Path) -> Tensor:
     """uint8 [N, 3, H, W], once in each process."""
-    paths = sorted((data / "images" / "train").iterdir())
+    # By number, as the captions go: as text "100000" would come before "10001".
+    paths = sorted((data / "images" / "train").iterdir(), key=lambda path: int(path.stem))
     return torch.stack([_pixels(path) for path in paths])
 
 

@@ -4,9 +4,11 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from examples.digit_scenes.measures import MEASURES
@@ -27,7 +29,7 @@ from examples.study.plan import (
     tuning_runs,
 )
 from examples.study.report import markdown_tables, write_report
-from examples.study.training import Folders, execute, make_loss
+from examples.study.training import Folders, _training_images, execute, make_loss
 from sparc_loss import functional
 
 needs_tokenizer = pytest.mark.skipif(
@@ -87,6 +89,14 @@ class TestPlan:
         chosen = {} if variant == "CLIP" else {"fine_grained_weight": 0.3, "fine_grained_scale": 10.0}
         expected = {"global_weight": 0.5, **chosen, **PLANS[plan][variant].settings}
         assert {name: getattr(loss, name) for name in expected} == expected
+
+
+def test_training_images_go_in_the_order_of_their_captions(tmp_path):
+    images = tmp_path / "images" / "train"
+    images.mkdir(parents=True)
+    for number in (10_000, 10_001, 100_000):
+        Image.fromarray(np.full((2, 2, 3), number % 251, np.uint8)).save(images / f"{number:05d}.png")
+    assert _training_images(tmp_path)[:, 0, 0, 0].tolist() == [10_000 % 251, 10_001 % 251, 100_000 % 251]
 
 
 @needs_tokenizer
@@ -188,6 +198,19 @@ class TestOrder:
         assert study._read(run, TINY, folders) == {"val": {}}
         assert study._read(run, replace(TINY, scratch_steps=9), folders) is None
         folders.result(run).unlink()
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"scenes": 47}, "data has train scenes: 48; expected 47, or another --output"),
+            ({"held_out": 9}, "data has val scenes: 8; expected 9, or another --output"),
+            ({"width": 64}, "mean-seed0 has width: 96; expected 64, or another --output"),
+            ({"vision_layers": 3}, "mean-seed0 has vision layers: 2; expected 3, or another --output"),
+        ],
+    )
+    def test_scenes_and_models_of_another_size_are_not_taken(self, folders, changed, message):
+        with pytest.raises(SystemExit, match=message):
+            study.prepare(folders, replace(TINY, **changed))
 
     def test_clip_whose_weights_are_lost_is_trained_again(self, folders):
         run = clip_run("mean", 2)
