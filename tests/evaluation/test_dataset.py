@@ -159,6 +159,11 @@ def test_lines_of_a_file(tmp_path):
     assert read_lines(tmp_path / "classes.txt") == ["seven", "a star"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "classes.txt").write_text("\ufeffseven\na star\n", encoding="utf-8")
+    assert read_lines(tmp_path / "classes.txt") == ["seven", "a star"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "it is empty"), ("a\n\nb\n", "line 2 is empty"), ("a\nb\na\n", "has 'a' twice; expected different lines")],

@@ -119,6 +119,40 @@ def test_boxes_lie_where_the_patches_of_the_whole_image_are(measured, name):
     assert measured[0][name][1:] == (1, pytest.approx(10 / 36), 1, 6)
 
 
+def one_caption(data, caption, *objects):
+    """The first image, left to right red, green and blue, with a caption and its objects."""
+    return EvaluationData([], data.images[:1], [caption], [0], [objects], [None], [None], [None])
+
+
+def pointing(data):
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), data)
+    return {each.name: each[1:] for each in measures if each.name.endswith("pointing")}
+
+
+def test_a_phrase_with_several_boxes_is_found_in_any_of_them(data):
+    here, there = (NamedObject("a red", (left, 0, left + 32, 40), (1,)) for left in (0, 64))
+    for boxes in ((here, there), (there, here)):
+        games = pointing(one_caption(data, "a red", *boxes))
+        assert len(games) == 3
+        # Two boxes of 2 x 5 centres; the map of a word that two boxes share is one map.
+        assert all(game == (1, pytest.approx(20 / 36), 1, 1) for game in games.values())
+
+
+def test_two_objects_of_one_phrase_are_still_two_words(data):
+    boxes = NamedObject("a red", (0, 0, 32, 40), (1,)), NamedObject("a red", (64, 0, 96, 40), (4,))
+    games = pointing(one_caption(data, "a red and a red", *boxes))
+    assert games["phrase_pointing"][3] == games["phrase_tokens_pointing"][3] == 1
+    assert games["word_pointing"] == (0.5, pytest.approx(10 / 36), 1, 2)
+
+
+@pytest.mark.parametrize("box", [(96, 0, 97, 1), (0, 48, 1, 49), (-1, 0, 0, 1), (0, -1, 1, 0)])
+def test_a_box_outside_its_image_is_refused(data, box):
+    with pytest.raises(
+        DataError, match=r"0\.png is 96 pixels wide and 48 high; the box \[.*\] of 'a red' lies outside"
+    ):
+        pointing(one_caption(data, "a red", NamedObject("a red", box)))
+
+
 def test_masks_lie_where_the_patches_of_the_whole_image_are(measured):
     assert measured[0]["mean_iou_of_objects"][1:] == (1, pytest.approx(1 / 5), 1, 3)
 

@@ -4,7 +4,7 @@
     title          a caption
     boxes          objects of the caption, a JSON list of {"phrase": "a red seven", "box": [left, top, right, bottom]}
                    in pixels of the file, right and bottom exclusive; {..., "words": [1, 2]} says which words of
-                   title.split() name the object
+                   title.split() name the object; a phrase or a word with several boxes is found in any of them
     mask           a PNG of the image's size, 8 bits a pixel: 0 is background, i line i of the classes, 255 ignored
     label          the image's class, a line of the classes
     hard_negative  a caption like title, but wrong of the image, such as one with attributes swapped
@@ -136,7 +136,7 @@ def read_lines(path: str | Path) -> list[str]:
         DataError: it cannot be read, is empty, or has an empty line or one twice.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not lines or "" in lines:

@@ -103,7 +103,7 @@ def evaluate(
         None where there is no other.
 
     Raises:
-        DataError: an image or mask that cannot be read.
+        DataError: an image or mask that cannot be read, a box outside its image.
     """
     options = options or Options()
     encoder = _Encoder(model.eval(), tokenizer, options)
@@ -244,19 +244,33 @@ class _Dense:
         self, caption: int, token_features: Tensor, patches: Tensor, grid: tuple[int, int], size: tuple[int, int]
     ) -> None:
         objects = self.data.objects[caption]
-        if any(each.words for each in objects):
-            positions = word_positions(self.encoder.tokenizer, self.data.captions[caption])
-        unit = F.normalize(patches, dim=-1)
+        if not objects:
+            return
+        # What has several boxes is found in any of them.
+        of_phrases: dict[str, Tensor] = {}
+        of_words: dict[int, Tensor] = {}
         for each in objects:
+            left, top, right, bottom = each.box
+            if left >= size[1] or top >= size[0] or right <= 0 or bottom <= 0:
+                raise DataError(
+                    f"{self.data.images[self.data.image_index[caption]]} is {size[1]} pixels wide and {size[0]} high; "
+                    f"the box {list(each.box)} of {each.phrase!r} lies outside"
+                )
             box = box_masks(torch.tensor([each.box]), *size)
-            index = self.phrases[each.phrase]
-            for name, features in (("phrase", self.phrase_features), ("phrase_tokens", self.phrase_token_features)):
-                self.games[name].append(pointing_game((unit @ features[index])[None], grid, box))
+            of_phrases[each.phrase] = of_phrases.get(each.phrase, box) | box
             for word in each.words:
-                if positions[word]:
-                    embedding = token_features[positions[word]].mean(dim=0)
-                    similarity = token_patch_similarity(embedding[None, None], patches[None])[0]
-                    self.games["word"].append(pointing_game(similarity, grid, box))
+                of_words[word] = of_words.get(word, box) | box
+        unit = F.normalize(patches, dim=-1)
+        for phrase, mask in of_phrases.items():
+            index = self.phrases[phrase]
+            for name, features in (("phrase", self.phrase_features), ("phrase_tokens", self.phrase_token_features)):
+                self.games[name].append(pointing_game((unit @ features[index])[None], grid, mask))
+        positions = word_positions(self.encoder.tokenizer, self.data.captions[caption]) if of_words else []
+        for word, mask in of_words.items():
+            if positions[word]:
+                embedding = token_features[positions[word]].mean(dim=0)
+                similarity = token_patch_similarity(embedding[None, None], patches[None])[0]
+                self.games["word"].append(pointing_game(similarity, grid, mask))
 
     def _segment(self, target: Tensor, patches: Tensor, grid: tuple[int, int]) -> None:
         count = len(self.data.classes)
