@@ -27,6 +27,11 @@ def test_a_word_of_any_of_an_images_captions_will_do():
     assert result.precision.tolist() == pytest.approx([3 / 4, 1 / 3])
 
 
+def test_a_word_of_two_of_an_images_captions_is_still_said():
+    captions, index = ["a dog", "a cat", "a bird"], torch.tensor([0, 0, 1])
+    assert k_precision(captions, torch.tensor([2, 2]), index).precision.tolist() == [0.5, 1]
+
+
 def test_only_nouns_and_adjectives_count_if_they_are_given():
     result = k_precision(CAPTIONS, torch.tensor([1, 1, 0]), counts=NOUNS_AND_ADJECTIVES)
     assert result.precision.tolist() == [0, 1, 0.5]

@@ -20,6 +20,11 @@ def test_a_tie_is_a_miss_so_a_bag_of_words_scores_nothing():
     assert hard_negative_accuracy(IMAGES, TRUE, TRUE * 2) == 0
 
 
+def test_a_tie_by_rounding_is_a_tie():
+    images, true = torch.randn(2, 200, 64)
+    assert hard_negative_accuracy(images, true, true + 1e-8 * torch.randn(200, 64)) == 0
+
+
 def test_random_captions_score_chance():
     images, true, swapped = torch.randn(3, 4000, 8)
     assert hard_negative_accuracy(images, true, swapped) == pytest.approx(HARD_NEGATIVE_CHANCE, abs=0.04)

@@ -49,6 +49,11 @@ def test_pixels_that_resemble_no_class_are_background():
     assert labels.tolist() == [[0, BACKGROUND]]
 
 
+def test_a_cosine_of_just_the_threshold_is_no_background():
+    labels, _ = segment(CLASSES[:1], CLASSES, (1, 1), (1, 1), background_threshold=1.0)
+    assert labels.tolist() == [[0]]
+
+
 def test_a_threshold_can_be_set_afterwards():
     features = torch.randn(16, 3)
     labels, scores = segment(features, CLASSES, (4, 4), (8, 8))
@@ -98,6 +103,13 @@ def test_chance_by_hand():
     intersection, union = random_intersection_and_union(target, 3, present=[0, 1])
     assert intersection.tolist() == [2, 1, 0, 0]
     assert union.tolist() == [6, 5, 0, 2]
+
+
+def test_chance_leaves_ignored_pixels_out():
+    target = torch.tensor([0, 0, 255, 255, BACKGROUND])
+    scored = random_intersection_and_union(target, 2, ignore=255)
+    # 3 pixels are left; half of them, and both of class 0, 1.5 + 2 - 1.
+    assert [each.tolist() for each in scored] == [[1, 0, 0], [2.5, 1.5, 1]]
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -195,6 +207,8 @@ def test_a_majority_of_labels_out_of_range_is_refused():
 def test_classes_out_of_range_are_refused(present):
     with pytest.raises(ValueError, match=r"present is \[.*\]; expected one or more classes from 0 to 2"):
         segment(patches(0), CLASSES, (1, 1), (1, 1), present=present)
+    with pytest.raises(ValueError, match=r"present is \[.*\]; expected one or more classes from 0 to 2"):
+        random_intersection_and_union(TARGET, 3, present=present)
 
 
 def test_a_grid_that_does_not_fit_is_refused():

@@ -79,10 +79,10 @@ def image_dependence(
     """Measure a batch with right, shuffled and constant images.
 
     Shuffled is the next row's image, so the result depends on nothing but the batch; let its rows be in no order that
-    makes neighbours alike. Constant is no image of zeros or
-    of one colour: with equal patches every group is the same and all is chance by construction. The mean of the other
-    images has a patch for every place and nothing of the caption's own image. A tie is a miss: groups that are all
-    the same match no token. (In a caption of one token there is nothing to mistake; `chance` says so.)
+    makes neighbours alike. Constant is no image of zeros or of one colour: with equal patches every group is the same
+    and all is a tie by construction. The mean of the other images has a patch for every place and nothing of the
+    caption's own image. A tie is a miss: groups that are all the same match no token. (In a caption of one token
+    there is nothing to mistake; `chance` says so.)
 
     There is no `region_mask`: with the patches given for each word the task is another one.
 

@@ -75,12 +75,7 @@ def segment(
     for name, features in (("patch_features", patch_features), ("class_features", class_features)):
         if not features.isfinite().all():
             raise ValueError(f"{name} has values that are not finite; expected finite ones")
-    count = len(class_features)
-    rows = torch.as_tensor(
-        range(count) if present is None else present, dtype=torch.long, device=class_features.device
-    )
-    if rows.numel() == 0 or rows.min() < 0 or rows.max() >= count:
-        raise ValueError(f"present is {rows.tolist()}; expected one or more classes from 0 to {count - 1}")
+    rows = _present(present, len(class_features), class_features.device)
 
     classes = F.normalize(class_features[rows].float(), dim=-1)
     cosine = F.normalize(patch_features.float(), dim=-1) @ classes.T
@@ -188,13 +183,17 @@ def random_intersection_and_union(
 
     Returns:
         Intersection and union, float64 [C + 1]; the last is background.
+
+    Raises:
+        TypeError: target of another dtype.
+        ValueError: a label out of range, `present` empty or out of range.
     """
     _check_labels("target", target)
     if ignore is not None:
         target = target[target != ignore]
     true = _count("target", target, num_classes).double()
     drawn = torch.zeros_like(true)
-    drawn[torch.as_tensor(range(num_classes) if present is None else present, dtype=torch.long)] = 1
+    drawn[_present(present, num_classes, target.device)] = 1
     drawn[BACKGROUND] = float(background)
     share = drawn / drawn.sum()
     intersection = share * true
@@ -220,6 +219,14 @@ def mean_iou(intersection: Tensor, union: Tensor, *, background: bool = False) -
         intersection, union = intersection[:-1], union[:-1]
     occurs = union > 0
     return (intersection[occurs].double() / union[occurs].double()).mean().item()
+
+
+def _present(present: Sequence[int] | Tensor | None, num_classes: int, device: torch.device) -> Tensor:
+    """The classes to choose from, int64; all where `present` is None."""
+    rows = torch.as_tensor(range(num_classes) if present is None else present, dtype=torch.long, device=device)
+    if rows.numel() == 0 or rows.min() < 0 or rows.max() >= num_classes:
+        raise ValueError(f"present is {rows.tolist()}; expected one or more classes from 0 to {num_classes - 1}")
+    return rows
 
 
 def _check_labels(name: str, labels: Tensor) -> None:
