@@ -119,13 +119,36 @@ def test_boxes_lie_where_the_patches_of_the_whole_image_are(measured, name):
     assert measured[0][name][1:] == (1, pytest.approx(10 / 36), 1, 6)
 
 
+@pytest.mark.parametrize("word", ["yellow-green", "green-yellow"])
+def test_a_word_of_several_tokens_is_their_mean(data, word):
+    class Hyphens(ColourTokenizer):
+        def __call__(self, texts):
+            return super().__call__([text.replace("-", " ") for text in texts])
+
+    # Yellow alone resembles red and green alike, a tie.
+    named = one_caption(data, f"a {word}", NamedObject("a green", (32, 0, 64, 40), (1,)))
+    assert pointing(named, tokenizer=Hyphens())["word_pointing"][0] == 1
+    alone = one_caption(data, "a yellow", NamedObject("a green", (32, 0, 64, 40), (1,)))
+    assert pointing(alone)["word_pointing"][0] == 0
+
+
+def test_padding_is_no_token_of_a_phrase(data):
+    class BluePadding(ColourModel):
+        def encode_tokens(self, texts):
+            features, mask = super().encode_tokens(texts)
+            return torch.where(mask.unsqueeze(-1), features, torch.tensor([0, 0, 1.0, 0])), mask
+
+    games = pointing(one_caption(data, "a red", NamedObject("a red", (0, 0, 32, 40))), BluePadding())
+    assert games["phrase_tokens_pointing"][0] == 1
+
+
 def one_caption(data, caption, *objects):
     """The first image, left to right red, green and blue, with a caption and its objects."""
     return EvaluationData([], data.images[:1], [caption], [0], [objects], [None], [None], [None])
 
 
-def pointing(data):
-    measures, _ = evaluate(ColourModel(), ColourTokenizer(), data)
+def pointing(data, model=None, tokenizer=None):
+    measures, _ = evaluate(model or ColourModel(), tokenizer or ColourTokenizer(), data)
     return {each.name: each[1:] for each in measures if each.name.endswith("pointing")}
 
 

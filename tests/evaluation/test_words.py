@@ -62,6 +62,7 @@ def test_a_tokenizer_that_drops_a_word_gives_it_no_token():
             return super().__call__([text.replace("the", "") for text in texts])
 
     assert word_positions(Dropping(context_length=16), "in the park") == [[1], [], [2]]
+    assert word_positions(Dropping(context_length=16), "the park") == [[], [1]]
 
 
 def test_words_that_melt_together_are_refused():

@@ -1,5 +1,7 @@
 """The measures of the digit scenes, on embeddings made by hand."""
 
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,14 @@ from examples.digit_scenes.dataset import Annotations
 from examples.digit_scenes.measures import (
     MEASURES,
     Embeddings,
+    _mean_iou_by_threshold,
     best_background_threshold,
     levels,
     markdown_table,
     measure,
 )
-from examples.digit_scenes.scenes import generate_scene
+from examples.digit_scenes.scenes import COLOURS, KINDS, generate_scene
+from sparc_loss.evaluation import image_dependence
 
 GRID = (8, 8)
 CENTRES = np.arange(8) * 8 + 4
@@ -90,10 +94,90 @@ def test_a_model_of_one_point_has_no_hit(knowing, scenes):
     assert {name for name, figure in figures.items() if figure > 0} <= {"k_precision", "mean_iou"}
 
 
+def test_retrieval_is_told_apart_by_its_direction(knowing, scenes):
+    texts = knowing.text_features.clone()
+    texts[1] = texts[0]  # images 0 and 1 find neither of the two for certain, caption 0 still finds its image
+    figures = measure(replace(knowing, text_features=texts), scenes, 0.5)
+    count = len(scenes.captions)
+    assert figures["image_to_text_recall"] == pytest.approx((count - 2) / count)
+    assert figures["text_to_image_recall"] == pytest.approx((count - 1) / count)
+
+
+def test_k_precision_counts_what_is_told_of_objects(knowing, scenes):
+    told = {*COLOURS, *KINDS, "small", "little", "tiny", "large", "big", "huge"}
+    words = [[word.strip(",") for word in caption.split() if word.strip(",") in told] for caption in scenes.captions]
+
+    def said(retrieved: int, image: int) -> float:
+        return sum(word in words[image] for word in words[retrieved]) / len(words[retrieved])
+
+    figures = measure(replace(knowing, text_features=knowing.text_features.roll(1, dims=0)), scenes, 0.5)
+    images = range(len(words))
+    assert figures["k_precision"] == pytest.approx(sum(said((i + 1) % len(words), i) for i in images) / len(words))
+    chance = sum(said(caption, image) for caption in images for image in images) / len(words) ** 2
+    assert levels(knowing, scenes)["k_precision"].chance == pytest.approx(chance)
+
+
+def test_words_of_colour_and_of_kind_are_told_apart(knowing, scenes):
+    tokens = knowing.token_features.clone()
+    for index, objects in enumerate(scenes.objects):
+        tokens[index, [each.words["kind"] for each in objects]] = 0
+    figures = measure(replace(knowing, token_features=tokens), scenes, 0.5)
+    assert figures["kind_word_pointing"] == 0
+    assert figures["colour_word_pointing"] == pytest.approx(levels(knowing, scenes)["colour_word_pointing"].ceiling)
+
+
+def test_phrases_are_told_from_the_mean_of_their_tokens(knowing, scenes):
+    without = replace(knowing, phrase_token_features=torch.zeros_like(knowing.phrase_token_features))
+    figures = measure(without, scenes, 0.5)
+    assert figures["phrase_tokens_pointing"] == 0
+    assert figures["phrase_pointing"] > 0.9
+
+
+def test_only_phrases_of_the_scene_are_segmented(knowing, scenes):
+    absent = next(i for i, name in enumerate(knowing.phrases) if name not in {o.phrase for o in scenes.objects[0]})
+    one = Annotations(*(part[:1] for part in vars(scenes).values()))
+    patches = knowing.patch_features[:1] + 0.01
+    known = replace(knowing, patch_features=patches)
+    phrases = knowing.phrase_features.clone()
+    phrases[absent] = 1.0  # resembles every patch of no object most
+    with_absent = _mean_iou_by_threshold(replace(known, phrase_features=phrases), one, [0.3])
+    assert with_absent == _mean_iou_by_threshold(known, one, [0.3])
+
+
+def test_chance_of_segmentation_is_any_label_of_the_scene_or_background(knowing, scenes):
+    intersection, union = defaultdict(float), defaultdict(float)
+    for labels, objects in zip(scenes.labels, scenes.objects, strict=True):
+        drawn = labels.size / (len(objects) + 1)
+        for number, name in enumerate(["background", *(each.phrase for each in objects)]):
+            pixels = (labels == number).sum()
+            intersection[name] += pixels / (len(objects) + 1)
+            union[name] += pixels + drawn - pixels / (len(objects) + 1)
+    expected = np.mean([intersection[name] / union[name] for name in union])
+    assert levels(knowing, scenes)["mean_iou"].chance == pytest.approx(expected)
+
+
+def test_the_probe_tells_how_often_a_token_finds_its_group(knowing, scenes):
+    patches, tokens = torch.randn(len(scenes.captions), 64, 3), torch.randn(*knowing.token_mask.shape, 3)
+    figures = measure(
+        replace(knowing, patch_features=patches, token_features=tokens, **random_phrases(knowing)), scenes, 0
+    )
+    probe = image_dependence(patches, tokens, knowing.token_mask, 1.0)
+    for name in ("right", "shuffled", "constant"):
+        assert figures[f"{name}_images"] == pytest.approx(getattr(probe, name).token_accuracy)
+    assert len({probe.right.token_accuracy, probe.shuffled.token_accuracy, probe.constant.token_accuracy}) == 3
+    assert probe.right.token_accuracy != probe.right.group_accuracy
+
+
+def random_phrases(embeddings):
+    return {name: torch.randn(len(embeddings.phrases), 3) for name in ("phrase_features", "phrase_token_features")}
+
+
 def test_the_background_threshold_is_the_best_of_the_split(knowing, scenes):
     threshold = best_background_threshold(knowing, scenes)
     best = measure(knowing, scenes, threshold)["mean_iou"]
-    assert all(measure(knowing, scenes, other)["mean_iou"] <= best for other in (-0.5, 0.2, 0.9))
+    others = [measure(knowing, scenes, other)["mean_iou"] for other in (-0.5, 0.2, 0.9)]
+    assert all(other <= best for other in others)
+    assert others[0] < best  # below every cosine nothing is background
 
 
 def test_the_table_has_a_row_for_each_measure_and_a_column_for_each_model(knowing, scenes):
