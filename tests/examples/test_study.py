@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from examples.digit_scenes.measures import MEASURES
 from examples.digit_scenes.scenes import generate_scene
-from examples.study import study
+from examples.study import study, training
 from examples.study.cures import CURES, region_masks
 from examples.study.plan import (
     GRID,
@@ -104,6 +104,22 @@ class TestRun:
     def test_measures_both_splits_with_chance_and_ceiling(self, clip):
         assert set(clip["val"]) == set(clip["test"]) == set(clip["levels"])
         assert all(0 <= figure <= 1 for figure in clip["test"].values())
+
+    def test_the_threshold_is_the_validation_splits_and_each_split_is_measured(self, clip, folders, monkeypatch):
+        def split(scenes):
+            return scenes.images[0].parent.name
+
+        for name, stand_in in {
+            "embed": lambda model, tokenizer, images, scenes: split(scenes),
+            "best_background_threshold": lambda embedded, scenes: (embedded, split(scenes)),
+            "measure": lambda embedded, scenes, threshold: (embedded, split(scenes), threshold),
+            "levels": lambda embedded, scenes: {},
+        }.items():
+            monkeypatch.setattr(training, name, stand_in)
+        result = execute(warm(), TINY, folders)
+        assert result["background_threshold"] == ("val", "val")
+        assert result["val"] == ("val", "val", ("val", "val"))
+        assert result["test"] == ("test", "test", ("val", "val"))
 
     def test_is_the_same_again(self, clip, folders):
         assert execute(clip_run("mean", 0), TINY, folders) == clip
