@@ -1,6 +1,7 @@
 """The study: its plan, one run, its order, its choice of settings and its report."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -251,14 +252,19 @@ class TestReport:
         level = {"chance": 0.05, "ceiling": 0.9}
         results = {}
         for run in final_runs(CHOSEN):
-            figures = dict.fromkeys(MEASURES, 0.25 + 0.1 * run.seed)
-            results[run] = {"test": figures, "val": figures, "levels": dict.fromkeys(MEASURES, level)}
+            figures = {name: 0.25 + 0.1 * run.seed + 0.02 * place for place, name in enumerate(MEASURES)}
+            val = dict.fromkeys(MEASURES, 0.9)
+            results[run] = {"test": figures, "val": val, "levels": dict.fromkeys(MEASURES, level)}
         return results
 
     def test_tables_have_mean_and_standard_deviation_over_the_seeds(self, results):
         tables = markdown_tables(results)
-        assert "| CLIP + FILIP                  | .35 ± .10 |" in tables
+        # Retrieval is the mean of the first two measures; every other column is the next.
+        figures = " | ".join(f".{figure} ± .10" for figure in (36, *range(39, 58, 2)))
+        assert "| CLIP + FILIP                  | .36 ± .10 |" in tables
+        assert figures in re.sub(" +", " ", tables)
         assert "| chance                        |       .05 |" in tables
+        assert "| ceiling                       |       .90 |" in tables
         assert tables.count("(3 seeds)") == 4
 
     def test_writes_json_tables_and_a_plot_for_each_measure(self, results, tmp_path):
