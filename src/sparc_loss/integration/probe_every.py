@@ -13,7 +13,13 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
 from sparc_loss.evaluation import ImageDependence, image_dependence, mean_image_dependence
-from sparc_loss.integration.validation import check_validation, random_state_kept, unwrapped, validation_pairs
+from sparc_loss.integration.validation import (
+    check_validation,
+    random_state_kept,
+    unwrapped,
+    validation_pairs,
+    wandb_step,
+)
 
 PAIRS = 256  # the first of the validation data
 BATCH_SIZE = 64
@@ -115,6 +121,6 @@ def _report(measured: ImageDependence, data: dict[str, Any], epoch: int, args: N
     if args.wandb:
         import wandb
 
-        # The step at which open_clip_train's evaluate logs this epoch: W&B refuses to go back.
-        step = data["train"].dataloader.num_batches // args.accum_freq * epoch
-        wandb.log({f"image_dependence/{name}": value for name, value in figures.items()}, step=step)
+        wandb.log(
+            {f"image_dependence/{name}": value for name, value in figures.items()}, step=wandb_step(data, epoch, args)
+        )

@@ -12,7 +12,13 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import nn
 
-from sparc_loss.integration.validation import check_validation, random_state_kept, unwrapped, validation_pairs
+from sparc_loss.integration.validation import (
+    check_validation,
+    random_state_kept,
+    unwrapped,
+    validation_pairs,
+    wandb_step,
+)
 
 PAIRS = 4  # the first of the validation data
 
@@ -83,6 +89,4 @@ def _report(figure: Any, data: dict[str, Any], epoch: int, args: Namespace, tb_w
     if args.wandb:
         import wandb
 
-        # The step at which open_clip_train's evaluate logs this epoch: W&B refuses to go back.
-        step = data["train"].dataloader.num_batches // args.accum_freq * epoch
-        wandb.log({"words": wandb.Image(picture)}, step=step)
+        wandb.log({"words": wandb.Image(picture)}, step=wandb_step(data, epoch, args))

@@ -5,6 +5,7 @@ import random
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -46,6 +47,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while not isinstance(model, Surfaced):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
+
+
+def wandb_step(data: dict[str, Any], epoch: int, args: Namespace) -> int:
+    """The step at which open_clip_train's evaluate logs this epoch: W&B refuses to go back."""
+    return data["train"].dataloader.num_batches // args.accum_freq * epoch
 
 
 def validation_pairs(args: Namespace, number: int) -> list[tuple[Image.Image, str]]:
