@@ -112,7 +112,11 @@ def logged_losses(log: str, term: str) -> list[float]:
     return [float(value) for value in re.findall(rf" {term}: ([\d.e+-]+|nan|inf) \(", log)]
 
 
+def checkpoint_path(folder: Path, name: str, epoch: int = 1) -> Path:
+    """Where a run wrote its checkpoint after an epoch."""
+    return folder / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt"
+
+
 def checkpoint(folder: Path, name: str, epoch: int = 1) -> dict:
     """The checkpoint that a run wrote after an epoch."""
-    path = folder / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt"
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(checkpoint_path(folder, name, epoch), map_location="cpu", weights_only=True)

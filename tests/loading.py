@@ -10,11 +10,6 @@ from launching import run_python
 CHECKOUT = str(Path(open_clip.__file__).parents[1])
 
 
-def path_of(folder: Path, name: str, epoch: int = 1) -> Path:
-    """The checkpoint that a run wrote after an epoch."""
-    return folder / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt"
-
-
 def assert_loads_without_sparc_loss(
     path: Path,
     config: Path,

@@ -12,6 +12,7 @@ from launching import (
     SPARC,
     STOCK,
     checkpoint,
+    checkpoint_path,
     data_flags,
     logged_losses,
     run_python,
@@ -19,6 +20,7 @@ from launching import (
     write_model,
     write_tiny_data,
 )
+from loading import assert_loads_without_sparc_loss
 from open_clip import CLIP, CoCa
 
 LAUNCHER = ("-m", "sparc_loss.train")
@@ -154,19 +156,7 @@ def test_a_plain_clip_checkpoint_resumes_under_sparc(folder):
 
 def test_the_checkpoint_loads_in_open_clip_without_sparc_loss(folder):
     train(folder, name="portable")
-    path = folder / "logs" / "portable" / "checkpoints" / "epoch_1.pt"
-    finished = run_python(
-        "-c",
-        "import sys, torch, open_clip\n"
-        f"open_clip.add_model_config({str(folder / 'tiny.json')!r})\n"
-        f"model = open_clip.create_model('tiny', pretrained={str(path)!r})\n"
-        "assert 'sparc_loss' not in sys.modules\n"
-        f"saved = torch.load({str(path)!r}, weights_only=True)['state_dict']\n"
-        "assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())\n"
-        "print(type(model).__name__)",
-    )
-    assert finished.returncode == 0, finished.stdout
-    assert finished.stdout.split()[-1] == "CLIP"
+    assert_loads_without_sparc_loss(checkpoint_path(folder, "portable"), folder / "tiny.json", generations=("this",))
 
 
 @pytest.mark.parametrize(

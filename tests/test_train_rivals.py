@@ -2,10 +2,9 @@
 
 import math
 
-import open_clip
 import pytest
-import torch
-from launching import checkpoint, logged_losses, train, write_tiny_data
+from launching import checkpoint, checkpoint_path, logged_losses, train, write_tiny_data
+from loading import assert_loads_without_sparc_loss
 
 LAUNCHER = ("-m", "sparc_loss.train", "--loss")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *LAUNCHER)
@@ -49,10 +48,7 @@ def test_mgca_trains_its_heads_resumes_with_them_and_loads_in_plain_open_clip(fo
     first, second = (checkpoint(folder, "mgca", epoch)["state_dict"] for epoch in (1, 2))
     heads = [state_dict._metadata["mgca_heads"]["parameters"]["prototypes"] for state_dict in (first, second)]
     assert 0 < (heads[0] - heads[1]).abs().max() < 0.1  # trained further, not made anew: they are normal at first
-    open_clip.add_model_config(folder / "tiny.json")
-    path = folder / "logs" / "mgca" / "checkpoints" / "epoch_2.pt"
-    plain = open_clip.create_model("tiny", pretrained=str(path))
-    assert all(torch.equal(value, second[name]) for name, value in plain.state_dict().items())
+    assert_loads_without_sparc_loss(checkpoint_path(folder, "mgca", 2), folder / "tiny.json", generations=("this",))
 
 
 def test_mgca_trains_on_two_gloo_ranks(folder):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,14 @@ def figures(folder, weights, tmp_path, capsys):
     return figures
 
 
+@pytest.fixture
+def model_configs(monkeypatch):
+    """What a test adds to open_clip's models is gone after it."""
+    for registry in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+        monkeypatch.setattr(open_clip.factory, registry, copy(getattr(open_clip.factory, registry)))
+
+
+@pytest.mark.usefixtures("model_configs")
 def test_the_same_weights_measure_the_same_however_they_are_stored(figures, folder, weights, tmp_path_factory):
     stored = tmp_path_factory.mktemp("stored") / "checkpoint.pt"
     state = torch.load(weights, weights_only=True)

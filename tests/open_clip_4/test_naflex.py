@@ -10,8 +10,18 @@ import pytest
 import tiny_tokenizers
 import torch
 from generations import only_open_clip_4
-from launching import MODEL_CONFIG, SPARC, data_flags, logged_losses, run_python, train, write_model, write_tiny_data
-from loading import assert_loads_without_sparc_loss, path_of
+from launching import (
+    MODEL_CONFIG,
+    SPARC,
+    checkpoint_path,
+    data_flags,
+    logged_losses,
+    run_python,
+    train,
+    write_model,
+    write_tiny_data,
+)
+from loading import assert_loads_without_sparc_loss
 from open_clip import CustomTextCLIP
 from PIL import Image
 from tiny_models import CONTEXT, EMBED_DIM, END, TRANSFORMER, ToyTokenizer, captions
@@ -234,13 +244,13 @@ def test_a_checkpoint_of_a_naflex_tower_loads_without_sparc_loss(folder, tmp_pat
     (tmp_path / "tiny_naflex.json").write_text(json.dumps(TINY_CONFIG))
     env = {"PYTHONPATH": str(tmp_path)}
     train(folder, *VARYING, "--model", f"local-dir:{tmp_path / 'naflex'}", name="named", launcher=SPARC, env=env)
-    assert_loads_without_sparc_loss(path_of(folder, "named"), tmp_path / "tiny_naflex.json", env=env)
+    assert_loads_without_sparc_loss(checkpoint_path(folder, "named"), tmp_path / "tiny_naflex.json", env=env)
 
 
 def test_a_checkpoint_of_a_converted_tower_loads_in_this_open_clip_converting_it_again(folder):
     train(folder, *VARYING, name="converted", launcher=SPARC)
     conversion = {"force_naflex_vision": True}
-    path = path_of(folder, "converted")
+    path = checkpoint_path(folder, "converted")
     assert_loads_without_sparc_loss(path, folder / "tiny.json", generations=("this",), **conversion)
 
 

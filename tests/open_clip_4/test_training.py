@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from generations import only_open_clip_4
-from launching import SPARC, checkpoint, data_flags, logged_losses, run_python, train, write_tiny_data
-from loading import assert_loads_without_sparc_loss, path_of
+from launching import SPARC, checkpoint, checkpoint_path, data_flags, logged_losses, run_python, train, write_tiny_data
+from loading import assert_loads_without_sparc_loss
 
 from sparc_loss.metrics import NAMES
 
@@ -48,7 +48,7 @@ def test_trains_and_its_checkpoint_loads_without_sparc_loss(folder, launcher, fl
     flags = (*flags, *(("--filip-global-weight", "1") if "filip" in launcher else ()))
     flags = (*flags, *(("--pacl-global-weight", "1") if "pacl" in launcher else ()))
     assert_trained(train(folder, *flags, name=name, launcher=launcher))
-    assert_loads_without_sparc_loss(path_of(folder, name), folder / "tiny.json")
+    assert_loads_without_sparc_loss(checkpoint_path(folder, name), folder / "tiny.json")
 
 
 @pytest.mark.parametrize("strategy", ["model", "step"])
