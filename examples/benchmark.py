@@ -404,6 +404,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler of newer torches tells of every start and stop
     if options.threads:
         torch.set_num_threads(options.threads)
     results: dict = {"machine": machine(options.device), "losses": []}
