@@ -51,14 +51,19 @@ MEASURES = {
     "right_images": "a token finds its group, right images",
     "shuffled_images": "a token finds its group, shuffled images",
     "constant_images": "a token finds its group, constant image",
+    "right_images_loss": "fine-grained loss, right images",
+    "shuffled_images_loss": "fine-grained loss, shuffled images",
+    "constant_images_loss": "fine-grained loss, constant image",
 }
+# 1/temperature of the fine-grained loss where it is measured: one for all, whatever each was trained with.
+PROBE_SCALE = 10.0
 # The threshold between background and objects is chosen among these.
 THRESHOLDS = tuple(torch.linspace(-0.5, 0.9, 29).tolist())
 _BATCH = 100
 
 
 class Level(NamedTuple):
-    """What guessing scores, and the best that patches of this size allow."""
+    """What guessing scores, and the best that patches of this size allow: of a loss the lowest, 0."""
 
     chance: float
     ceiling: float
@@ -121,7 +126,7 @@ def embed(model: nn.Module, tokenizer: Any, images: Tensor, scenes: Annotations)
 
 
 def measure(embeddings: Embeddings, scenes: Annotations, background_threshold: float) -> dict[str, float]:
-    """All measures of a split, each in [0, 1], by the names of MEASURES."""
+    """All measures of a split by the names of MEASURES: in [0, 1], but for the losses, which are only at least 0."""
     recall = recall_at_k(embeddings.image_features, embeddings.text_features)
     nearest = nearest_captions(embeddings.image_features, embeddings.text_features)
     swapped = list(embeddings.swapped)
@@ -138,17 +143,17 @@ def measure(embeddings: Embeddings, scenes: Annotations, background_threshold: f
         "k_precision": k_precision(scenes.captions, nearest, counts=_NOUNS_AND_ADJECTIVES).precision.nanmean().item(),
         **{name: _mean(game.hits) for name, game in games.items()},
         "mean_iou": _mean_iou_by_threshold(embeddings, scenes, [background_threshold])[0],
-        "right_images": dependence.right.token_accuracy,
-        "shuffled_images": dependence.shuffled.token_accuracy,
-        "constant_images": dependence.constant.token_accuracy,
+        **{f"{images}_images": getattr(dependence, images).token_accuracy for images in _IMAGES},
+        **{f"{images}_images_loss": getattr(dependence, images).loss for images in _IMAGES},
     }
 
 
 def levels(embeddings: Embeddings, scenes: Annotations) -> dict[str, Level]:
     """Chance and ceiling of each measure on a split; they depend on the scenes and the grid, not on the model.
 
-    Chance is any caption, any patch, any label of the scene or background for every pixel. A pointing game cannot hit
-    an object that lies between the centres of patches, nor a label per patch follow its outline.
+    Chance is any caption, any patch, any label of the scene or background for every pixel, and for a loss groups that
+    are all alike: the logarithm of the number of a caption's tokens. A pointing game cannot hit an object that lies
+    between the centres of patches, nor a label per patch follow its outline.
     """
     names = list(embeddings.phrases)
     guessed, best = 0, 0
@@ -161,6 +166,8 @@ def levels(embeddings: Embeddings, scenes: Annotations) -> dict[str, Level]:
     any_caption = torch.zeros(len(scenes.captions), dtype=torch.long)
     precision = k_precision(scenes.captions, any_caption, counts=_NOUNS_AND_ADJECTIVES).chance.nanmean().item()
     by_chance = _image_dependence(embeddings).chance
+    tokens = embeddings.token_mask.sum(dim=1)
+    tied_loss = ((tokens * tokens.clamp(min=1).log()).sum() / tokens.sum()).item()
     recall = recall_chance(len(scenes.captions))
     games = _pointing_games(embeddings, scenes)
     return {
@@ -170,7 +177,8 @@ def levels(embeddings: Embeddings, scenes: Annotations) -> dict[str, Level]:
         "k_precision": Level(precision, 1.0),
         **{name: Level(_mean(game.chance), _mean(game.reachable)) for name, game in games.items()},
         "mean_iou": Level(mean_iou(*guessed, background=True), mean_iou(*best, background=True)),
-        **{f"{images}_images": Level(by_chance, 1.0) for images in ("right", "shuffled", "constant")},
+        **{f"{images}_images": Level(by_chance, 1.0) for images in _IMAGES},
+        **{f"{images}_images_loss": Level(tied_loss, 0.0) for images in _IMAGES},
     }
 
 
@@ -188,14 +196,15 @@ def markdown_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+_IMAGES = ("right", "shuffled", "constant")
 _NOUNS_AND_ADJECTIVES = {*COLOURS, *KINDS, *(word for words in SIZES_SAID.values() for word in words)}
 
 
 def _image_dependence(embeddings: Embeddings) -> ImageDependence:
-    """With the paper's alignment; the accuracies do not depend on the scale."""
+    """With the paper's alignment."""
     parts = (embeddings.patch_features, embeddings.token_features, embeddings.token_mask)
     batches = zip(*(part.split(_BATCH) for part in parts), strict=True)
-    return mean_image_dependence([image_dependence(*batch, logit_scale=1.0) for batch in batches])
+    return mean_image_dependence([image_dependence(*batch, logit_scale=PROBE_SCALE) for batch in batches])
 
 
 def _pointing_games(embeddings: Embeddings, scenes: Annotations) -> dict[str, PointingGame]:

@@ -22,9 +22,15 @@ COLUMNS = {
     "phrases": ("phrase_pointing",),
     "phr. tokens": ("phrase_tokens_pointing",),
     "mIoU": ("mean_iou",),
+}
+# Of a second table, whether the alignment looks at its image.
+IMAGE_COLUMNS = {
     "right": ("right_images",),
     "shuffled": ("shuffled_images",),
     "constant": ("constant_images",),
+    "loss, right": ("right_images_loss",),
+    "loss, shuffled": ("shuffled_images_loss",),
+    "loss, constant": ("constant_images_loss",),
 }
 TABLES = {
     ("mean", "scratch"): "From scratch, average-pooled text",
@@ -65,21 +71,15 @@ def write_report(
 
 
 def markdown_tables(results: Results) -> str:
-    """A table per start and pooling; after the variants, chance and ceiling."""
+    """Two tables per start and pooling; after the variants, chance and ceiling."""
     parts = []
     for (pooling, start), title in TABLES.items():
         rows = by_variant(results, pooling, start)
         if not rows:
             continue
         seeds = len(next(iter(rows.values())))
-        cells = [["", *COLUMNS]]
-        for variant, runs in rows.items():
-            cells.append([variant, *(spread(column_values(runs, names)) for names in COLUMNS.values())])
-        levels = next(iter(rows.values()))[0]["levels"]
-        for level in ("chance", "ceiling"):
-            figures = [statistics.fmean(levels[name][level] for name in names) for names in COLUMNS.values()]
-            cells.append([level, *(_short(figure) for figure in figures)])
-        parts.append(f"### {title} ({seeds} seeds)\n\n{_markdown(cells)}")
+        parts.append(f"### {title} ({seeds} seeds)\n\n{_table(rows, COLUMNS)}")
+        parts.append(f"How often a token finds its group, and the fine-grained loss:\n\n{_table(rows, IMAGE_COLUMNS)}")
     return "\n".join(parts)
 
 
@@ -138,6 +138,17 @@ def draw(measure: str, results: Results, path: Path) -> None:
     figure.suptitle(MEASURES[measure])
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def _table(rows: Mapping[str, list[Mapping[str, Any]]], columns: Mapping[str, tuple[str, ...]]) -> str:
+    cells = [["", *columns]]
+    for variant, runs in rows.items():
+        cells.append([variant, *(spread(column_values(runs, names)) for names in columns.values())])
+    levels = next(iter(rows.values()))[0]["levels"]
+    for level in ("chance", "ceiling"):
+        figures = [statistics.fmean(levels[name][level] for name in names) for names in columns.values()]
+        cells.append([level, *(_short(figure) for figure in figures)])
+    return _markdown(cells)
 
 
 def _short(figure: float) -> str:

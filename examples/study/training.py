@@ -44,7 +44,7 @@ class Folders(NamedTuple):
 
 
 def execute(run: Run, size: Size, folders: Folders) -> dict[str, Any]:
-    """Train and measure; CLIP from scratch leaves its weights for the warm starts.
+    """Train, leave the weights, and measure.
 
     Returns:
         The measures of both held-out splits by their names, the background threshold, and the mean loss of the last
@@ -66,9 +66,8 @@ def execute(run: Run, size: Size, folders: Folders) -> dict[str, Any]:
     regions = _regions(round(run.boxes * len(images)), model.encode_patches(images[:1].float())[1], texts.shape[1])
     loss = train(model, make_loss(run), run, size, images, texts, preprocess.transforms[-1], regions)
 
-    if run.is_origin:
-        folders.weights(run).parent.mkdir(exist_ok=True)
-        torch.save(model.state_dict(), folders.weights(run))
+    folders.weights(run).parent.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), folders.weights(run))
     val, test = read_annotations(folders.data, "val"), read_annotations(folders.data, "test")
     of_val = embed(model, tokenizer, read_images(val, preprocess), val)
     of_test = embed(model, tokenizer, read_images(test, preprocess), test)

@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from examples.digit_scenes.dataset import Annotations
 from examples.digit_scenes.measures import (
     MEASURES,
+    PROBE_SCALE,
     Embeddings,
     _mean_iou_by_threshold,
     best_background_threshold,
@@ -22,6 +23,7 @@ from examples.digit_scenes.measures import (
 from examples.digit_scenes.scenes import COLOURS, KINDS, generate_scene
 from sparc_loss.evaluation import image_dependence
 
+LOSSES = {name for name in MEASURES if name.endswith("_loss")}
 GRID = (8, 8)
 CENTRES = np.arange(8) * 8 + 4
 
@@ -75,12 +77,14 @@ def knowing(scenes: Annotations) -> Embeddings:
 def test_every_measure_has_a_title_a_chance_and_a_ceiling(knowing, scenes):
     figures, level = measure(knowing, scenes, 0.5), levels(knowing, scenes)
     assert set(figures) == set(level) == set(MEASURES)
-    assert all(0 <= chance < ceiling <= 1 for chance, ceiling in level.values())
+    assert all(0 <= level[name].chance < level[name].ceiling <= 1 for name in set(MEASURES) - LOSSES)
+    assert all(level[name].chance > level[name].ceiling == 0 for name in LOSSES)
 
 
 def test_a_model_that_knows_all_reaches_the_ceilings(knowing, scenes):
     figures, level = measure(knowing, scenes, 0.5), levels(knowing, scenes)
-    for name in set(MEASURES) - {"mean_iou", "right_images", "shuffled_images", "constant_images"}:
+    of_the_probe = {name for name in MEASURES if "images" in name}
+    for name in set(MEASURES) - {"mean_iou"} - of_the_probe:
         assert figures[name] == pytest.approx(level[name].ceiling), name
 
 
@@ -91,7 +95,9 @@ def test_a_model_of_one_point_has_no_hit(knowing, scenes):
     constant["token_mask"] = knowing.token_mask
     constant["swapped"] = {index: torch.ones_like(value) for index, value in knowing.swapped.items()}
     figures = measure(Embeddings(**{**vars(knowing), **constant}), scenes, 0.5)
-    assert {name for name, figure in figures.items() if figure > 0} <= {"k_precision", "mean_iou"}
+    assert {name for name, figure in figures.items() if figure > 0} <= {"k_precision", "mean_iou", *LOSSES}
+    level = levels(knowing, scenes)
+    assert {name: figures[name] for name in LOSSES} == pytest.approx({name: level[name].chance for name in LOSSES})
 
 
 def test_retrieval_is_told_apart_by_its_direction(knowing, scenes):
@@ -156,14 +162,15 @@ def test_chance_of_segmentation_is_any_label_of_the_scene_or_background(knowing,
     assert levels(knowing, scenes)["mean_iou"].chance == pytest.approx(expected)
 
 
-def test_the_probe_tells_how_often_a_token_finds_its_group(knowing, scenes):
+def test_the_probe_tells_how_often_a_token_finds_its_group_and_the_loss(knowing, scenes):
     patches, tokens = torch.randn(len(scenes.captions), 64, 3), torch.randn(*knowing.token_mask.shape, 3)
     figures = measure(
         replace(knowing, patch_features=patches, token_features=tokens, **random_phrases(knowing)), scenes, 0
     )
-    probe = image_dependence(patches, tokens, knowing.token_mask, 1.0)
+    probe = image_dependence(patches, tokens, knowing.token_mask, PROBE_SCALE)
     for name in ("right", "shuffled", "constant"):
         assert figures[f"{name}_images"] == pytest.approx(getattr(probe, name).token_accuracy)
+        assert figures[f"{name}_images_loss"] == pytest.approx(getattr(probe, name).loss)
     assert len({probe.right.token_accuracy, probe.shuffled.token_accuracy, probe.constant.token_accuracy}) == 3
     assert probe.right.token_accuracy != probe.right.group_accuracy
 

@@ -22,6 +22,9 @@ MEASURES = {
     "right_images",
     "shuffled_images",
     "constant_images",
+    "right_images_loss",
+    "shuffled_images_loss",
+    "constant_images_loss",
 }
 
 
@@ -38,7 +41,8 @@ def test_it_ends_with_a_table_of_every_measure_for_each_model_and_chance_and_cei
     output, run = finished
     results = json.loads((run / "results.json").read_text())
     assert list(results) == ["start", "CLIP", "SPARC", "recipe", "chance", "ceiling"]
-    assert all(set(column) == MEASURES and all(0 <= x <= 1 for x in column.values()) for column in results.values())
+    assert all(set(column) == MEASURES for column in results.values())
+    assert all(x >= 0 and (x <= 1 or "loss" in name) for each in results.values() for name, x in each.items())
     assert (run / "table.md").read_text() in output
 
 
