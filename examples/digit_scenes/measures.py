@@ -29,6 +29,7 @@ from sparc_loss.evaluation import (
     recall_chance,
     segment,
 )
+from sparc_loss.evaluation.markdown import markdown_table
 from sparc_loss.evaluation.words import word_positions
 from sparc_loss.functional import token_patch_similarity
 
@@ -187,13 +188,12 @@ def best_background_threshold(embeddings: Embeddings, scenes: Annotations) -> fl
     return THRESHOLDS[int(np.argmax(_mean_iou_by_threshold(embeddings, scenes, THRESHOLDS)))]
 
 
-def markdown_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+def measures_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """One row per measure, one column per model."""
-    width = max(map(len, MEASURES.values()))
-    rows = [["measure".ljust(width), *(name.rjust(7) for name in columns)], ["-" * width, *["------:"] * len(columns)]]
+    rows = [["measure", *columns]]
     for name, title in MEASURES.items():
-        rows.append([title.ljust(width), *(f"{column[name]:7.3f}" for column in columns.values())])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        rows.append([title, *(f"{column[name]:.3f}" for column in columns.values())])
+    return markdown_table(rows)
 
 
 _IMAGES = ("right", "shuffled", "constant")

@@ -10,7 +10,7 @@ from sparc_loss import surface_embeddings
 from sparc_loss.show import align, alignment_page, draw
 
 from .dataset import Annotations, read_annotations
-from .measures import Embeddings, best_background_threshold, embed, levels, markdown_table, measure, read_images
+from .measures import Embeddings, best_background_threshold, embed, levels, measure, measures_table, read_images
 
 
 def embed_folder(folder: Path, scenes: Annotations) -> Embeddings:
@@ -42,7 +42,7 @@ def write_report(run: Path, models: Mapping[str, Path], data: Path) -> str:
     columns["chance"] = {name: level.chance for name, level in of_the_test.items()}
     columns["ceiling"] = {name: level.ceiling for name, level in of_the_test.items()}
     (run / "results.json").write_text(json.dumps(columns, indent=2))
-    table = markdown_table(columns)
+    table = measures_table(columns)
     (run / "table.md").write_text(table)
     show_words(run, {name: models[name] for name in ("CLIP", "recipe")}, test)
     return table

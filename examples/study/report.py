@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sparc_loss.evaluation.markdown import markdown_table
+
 from ..digit_scenes.measures import MEASURES
 from .plan import PLANS, Run
 
@@ -148,23 +150,10 @@ def _table(rows: Mapping[str, list[Mapping[str, Any]]], columns: Mapping[str, tu
     for level in ("chance", "ceiling"):
         figures = [statistics.fmean(levels[name][level] for name in names) for names in columns.values()]
         cells.append([level, *(_short(figure) for figure in figures)])
-    return _markdown(cells)
+    return markdown_table(cells)
 
 
 def _short(figure: float) -> str:
     """Two digits, without the zero before the point."""
     text = f"{figure:.2f}"
     return text[1:] if text.startswith("0") else text
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for row in (rows[0], ruler, *rows[1:]):
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |\n")
-    return "".join(lines)

@@ -17,8 +17,8 @@ from examples.digit_scenes.measures import (
     _mean_iou_by_threshold,
     best_background_threshold,
     levels,
-    markdown_table,
     measure,
+    measures_table,
 )
 from examples.digit_scenes.scenes import COLOURS, KINDS, generate_scene
 from sparc_loss.evaluation import image_dependence
@@ -189,7 +189,7 @@ def test_the_background_threshold_is_the_best_of_the_split(knowing, scenes):
 
 def test_the_table_has_a_row_for_each_measure_and_a_column_for_each_model(knowing, scenes):
     figures = measure(knowing, scenes, 0.5)
-    lines = markdown_table({"one": figures, "two": figures}).splitlines()
-    assert lines[0].split("|")[2:4] == ["     one ", "     two "]
+    lines = measures_table({"one": figures, "two": figures}).splitlines()
+    assert lines[0].split("|")[2:4] == ["   one ", "   two "]
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(MEASURES.values())
-    assert "|   1.000 |   1.000 |" in lines[2]
+    assert "| 1.000 | 1.000 |" in lines[2]

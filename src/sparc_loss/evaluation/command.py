@@ -14,6 +14,7 @@ from sparc_loss import __version__
 from sparc_loss._validation import check_number
 from sparc_loss.evaluation import dataset
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_data, read_lines
+from sparc_loss.evaluation.markdown import markdown_table
 from sparc_loss.functional import ALIGNMENTS
 
 if TYPE_CHECKING:
@@ -164,13 +165,13 @@ def table(measures: "Sequence[Measure]", dependence: "ImageDependence | None") -
     """The figures in Markdown: one row per measure, then the probe of image dependence."""
     rows = [["measure", "model", "chance", "ceiling", "count"]]
     rows += [[TITLES[each.name], *(f"{figure:.3f}" for figure in each[1:4]), str(each.count)] for each in measures]
-    text = _markdown(rows)
+    text = markdown_table(rows)
     if dependence is not None:
         rows = [["fine-grained loss on", "loss", "token finds its group", "group finds its token"]]
         for name in ("right", "shuffled", "constant"):
             rows.append([f"{name} images", *(f"{figure:.3f}" for figure in getattr(dependence, name))])
         rows.append(["chance", "", *[f"{dependence.chance:.3f}"] * 2])
-        text += "\n" + _markdown(rows)
+        text += "\n" + markdown_table(rows)
     return text
 
 
@@ -287,19 +288,6 @@ def _templates(path: str) -> list[str]:
         if not whole:
             raise DataError(f"{path} has the prompt {template!r}; expected one {{}} in each line, for the class")
     return templates
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for row in (rows[0], ruler, *rows[1:]):
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |\n")
-    return "".join(lines)
 
 
 if __name__ == "__main__":
