@@ -8,59 +8,18 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-from launching import MODEL_CONFIG, checkpoint, train, write_tiny_data
+from launching import checkpoint, train
 from open_clip_train import main as open_clip_main
 
-from sparc_loss import surface_embeddings
 from sparc_loss.evaluation import image_dependence
 from sparc_loss.integration import probe_every, sparc
 from sparc_loss.integration.validation import validation_pairs
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    write_tiny_data(folder)
-    return folder
-
-
 @pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**MODEL_CONFIG)
-    model.visual.preprocess_cfg = {"size": (32, 32)}
-    return surface_embeddings(model, open_clip.get_tokenizer("ViT-B-32", context_length=16))
-
-
-@pytest.fixture
-def args(folder, tmp_path):
-    (tmp_path / "run").mkdir()
-    return Namespace(
-        sparc_show_every=0,
-        sparc_probe_every=1,
-        sparc_scale=None,
-        precision="fp32",
-        sparc_threshold=None,
-        sparc_alignment="sparse",
-        model="ViT-B-32",
-        cache_dir=None,
-        force_context_length=16,
-        val_data=str(folder / "val.csv"),
-        val_num_samples=None,
-        dataset_type="auto",
-        csv_img_key="filepath",
-        csv_caption_key="title",
-        csv_separator="\t",
-        batch_size=8,
-        workers=2,
-        distributed=False,
-        rank=0,
-        logs=str(tmp_path),
-        name="run",
-        save_logs=True,
-        wandb=False,
-        accum_freq=2,
-    )
+def args(args):
+    args.sparc_probe_every = 1
+    return args
 
 
 DATA = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=10))}
