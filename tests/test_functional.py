@@ -448,7 +448,7 @@ REFUSED = [
     ({"region_mask": MASK}, ValueError, "region_mask has shape [2, 3]; expected [B, L, P] = [2, 3, 5]"),
     ({"threshold": 1.5}, ValueError, "threshold is 1.5; expected a number between 0 and 1"),
     ({"threshold": -0.1}, ValueError, "threshold is -0.1; expected a number between 0 and 1"),
-    ({"threshold": float("nan")}, ValueError, "threshold is nan; expected a number between 0 and 1"),
+    ({"threshold": float("nan")}, ValueError, "threshold is nan; expected a finite number between 0 and 1"),
     ({"threshold": "1/P"}, TypeError, "threshold is '1/P' (str); expected a number"),
     ({"threshold": True}, TypeError, "threshold is True (bool); expected a number"),
     ({"alignment": "max"}, ValueError, "alignment is 'max'; expected one of 'sparse', 'dense', 'softmax'"),

@@ -21,7 +21,8 @@ def check_number(name: str, value: float, minimum: float, maximum: float = float
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a number")
     if not minimum <= value <= maximum or not math.isfinite(value):
         expected = f"at least {minimum}" if maximum == float("inf") else f"between {minimum} and {maximum}"
-        raise ValueError(f"{name} is {value}; expected a number {expected}")
+        number = "number" if math.isfinite(value) else "finite number"
+        raise ValueError(f"{name} is {value}; expected a {number} {expected}")
 
 
 def check_whole_number(name: str, value: int, minimum: int) -> None:
@@ -56,6 +57,12 @@ def check_features(shapes: str, **features: Tensor) -> None:
             first_name, first_device = name, tensor.device
         elif tensor.device != first_device:
             raise ValueError(f"{name} is on {tensor.device} and {first_name} on {first_device}; expected one device")
+
+
+def check_scale(logit_scale: Tensor | float) -> None:
+    """Raise ValueError for a tensor of several elements, or of none."""
+    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
 
 
 def check_mask(name: str, mask: Tensor, shape: Sequence[int], axes: str, device: torch.device) -> None:

@@ -16,7 +16,14 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from sparc_loss._validation import check_choice, check_features, check_mask, check_number, check_whole_number
+from sparc_loss._validation import (
+    check_choice,
+    check_features,
+    check_mask,
+    check_number,
+    check_scale,
+    check_whole_number,
+)
 
 Alignment = Literal["sparse", "dense", "softmax"]
 Reduction = Literal["token", "sample"]
@@ -366,11 +373,8 @@ def _l2_normalised(features: Tensor) -> Tensor:
 
 def _one_element(logit_scale: Tensor | float, like: Tensor) -> Tensor | float:
     """The scale as a scalar of like's dtype and device."""
-    if not isinstance(logit_scale, Tensor):
-        return logit_scale
-    if logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
-    return logit_scale.reshape(()).to(like)
+    check_scale(logit_scale)
+    return logit_scale.reshape(()).to(like) if isinstance(logit_scale, Tensor) else logit_scale
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sparc_loss._validation import check_choice, check_features, check_number
+from sparc_loss._validation import check_choice, check_features, check_number, check_scale
 from sparc_loss.functional import ALIGNMENTS, REDUCTIONS, Alignment, Reduction, countable_tokens
 
 # A processor's cache decides: with 8 MiB, 2 threads are 2 to 4 times faster than with 1 MiB, and as fast as with 32.
@@ -161,9 +161,8 @@ def _checked_and_applied(
         raise ValueError(f"patch_features has shape {list(patch_features.shape)}; expected at least one patch")
     countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
     dtype = torch.promote_types(torch.promote_types(patch_features.dtype, token_features.dtype), torch.float32)
+    check_scale(logit_scale)
     logit_scale = torch.as_tensor(logit_scale, dtype=None if isinstance(logit_scale, Tensor) else dtype)
-    if logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
     on_cpu = patch_features.device.type == "cpu"
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if on_cpu else OTHER_CHUNK_BYTES

@@ -250,7 +250,7 @@ def test_an_image_that_cannot_be_read_is_refused_and_an_earlier_output_kept(fold
         ("batch-size", "0", "argument --batch-size is 0; expected a number at least 1"),
         ("workers", "-1", "argument --workers is -1; expected a number at least 0"),
         ("sparc-threshold", "1.5", "argument --sparc-threshold is 1.5; expected a number between 0 and 1"),
-        ("sparc-scale", "nan", "argument --sparc-scale is nan; expected a number at least 0"),
+        ("sparc-scale", "nan", "argument --sparc-scale is nan; expected a finite number at least 0"),
         ("background-threshold", "2", "argument --background-threshold is 2.0; expected a number between -1 and 1"),
         ("csv-separator", "::", "argument --csv-separator is '::'; expected one character"),
         (

@@ -218,6 +218,7 @@ def test_a_global_loss_of_another_world_size_is_refused(loss_class):
         ("token_mask", torch.ones(B, 2).bool(), ValueError, "token_mask has shape [3, 2]; expected [B, L] = [3, 5]"),
         ("patch_mask", torch.ones(B, 2).bool(), ValueError, "patch_mask has shape [3, 2]; expected [B, P] = [3, 4]"),
         ("region_mask", torch.ones(B, L, P).bool(), ValueError, "region_mask is given; expected None: "),
+        ("logit_scale", torch.ones(2), ValueError, "logit_scale has shape [2]; expected one element, 1/tau"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -225,3 +226,10 @@ def test_bad_batches_are_refused_by_name(loss_class, name, value, error, message
     outputs = random_outputs(dtype=torch.float32)
     with pytest.raises(error, match=re.escape(message)):
         total(loss_class, {**outputs, name: value})
+
+
+def test_a_batch_without_a_pair_is_refused(loss_class):
+    outputs = random_outputs(dtype=torch.float32)
+    empty = {name: value[:0] if value.ndim and len(value) == B else value for name, value in outputs.items()}
+    with pytest.raises(ValueError, match=r"_features has shape \[0, .*; expected (a pair or more|no size of 0)"):
+        total(loss_class, empty)

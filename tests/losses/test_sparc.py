@@ -386,7 +386,7 @@ def test_other_caption_lengths_compile_nothing_anew(outputs: dict[str, Tensor], 
         ({"global_weight": -1}, ValueError, "global_weight is -1; expected a number at least 0"),
         ({"global_weight": "1"}, TypeError, "global_weight is '1' (str); expected a number"),
         ({"fine_grained_weight": -0.5}, ValueError, "fine_grained_weight is -0.5; expected a number at least 0"),
-        ({"fine_grained_weight": float("nan")}, ValueError, "fine_grained_weight is nan; expected a number at least"),
+        ({"fine_grained_weight": float("nan")}, ValueError, "fine_grained_weight is nan; expected a finite number at"),
         ({"threshold": 2}, ValueError, "threshold is 2; expected a number between 0 and 1"),
         ({"threshold": "auto"}, TypeError, "threshold is 'auto' (str); expected a number"),
         ({"alignment": "hard"}, ValueError, "alignment is 'hard'; expected one of 'sparse', 'dense', 'softmax'"),
@@ -433,6 +433,7 @@ WRONG_SHAPE = [
     ("patch_features", (2, P, D), "patch_features has B = 2 in shape [2, 6, 5], image_features has B = 3; expected"),
     ("token_features", (B, D), "token_features has shape [3, 5]; expected rank 3, [B, L, D]"),
     ("token_features", (B, L, 4), "token_features has D = 4 in shape [3, 4, 4], patch_features has D = 5; expected"),
+    ("logit_scale", (2,), "logit_scale has shape [2]; expected one element, 1/tau"),
     ("token_mask", (B, 3), "token_mask has shape [3, 3]; expected [B, L] = [3, 4]"),
     ("patch_mask", (B, P + 1), "patch_mask has shape [3, 7]; expected [B, P] = [3, 6]"),
     ("region_mask", (B, P, L), "region_mask has shape [3, 6, 4]; expected [B, L, P] = [3, 4, 6]"),
@@ -480,5 +481,5 @@ def test_a_global_loss_of_another_world_size_is_refused() -> None:
 
 
 def test_an_infinite_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match="fine_grained_weight is inf; expected a number at least 0"):
+    with pytest.raises(ValueError, match="fine_grained_weight is inf; expected a finite number at least 0"):
         SparcLoss(fine_grained_weight=float("inf"))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sparc_loss._validation import check_features, check_number
+from sparc_loss._validation import check_features, check_number, check_scale
 
 
 class Objective(nn.Module):
@@ -110,7 +110,7 @@ class Objective(nn.Module):
 
         Raises:
             TypeError: features not floating point, a mask not bool.
-            ValueError: ranks, sizes or devices that disagree.
+            ValueError: ranks, sizes or devices that disagree, no pair, a logit_scale of several elements.
         """
         check_features(
             "b c, b c, b p d, b l d",
@@ -119,6 +119,9 @@ class Objective(nn.Module):
             patch_features=patch_features,
             token_features=token_features,
         )
+        if len(image_features) == 0:
+            raise ValueError(f"image_features has shape {list(image_features.shape)}; expected a pair or more")
+        check_scale(logit_scale)
         further = self._taken_from(others)
         local_outputs = {
             "patch_features": patch_features,
