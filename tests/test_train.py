@@ -1,5 +1,6 @@
 """`python -m sparc_loss.train`, as real processes on the CPU."""
 
+import json
 import math
 
 import pytest
@@ -89,6 +90,7 @@ def test_distills_from_a_teacher(folder):
     log = train(folder, *teacher, name="distill")
     assert_trained(log)
     assert logged_losses(log, "Distill_loss")
+    assert_loads_without_sparc_loss(checkpoint_path(folder, "distill"), folder / "tiny.json")
 
 
 def test_coca_trains_with_its_captioning_loss_beside(folder):
@@ -101,8 +103,8 @@ def test_coca_trains_with_its_captioning_loss_beside(folder):
     log = train(folder, "--model", f"local-dir:{folder / 'coca'}", "--accum-freq", "2", name="captions")
     assert_trained(log)
     assert logged_losses(log, "Caption_loss")
-    trained = checkpoint(folder, "captions")["state_dict"]
-    plain.load_state_dict(trained, strict=True)
+    (folder / "tiny_coca.json").write_text(json.dumps(COCA_CONFIG))
+    assert_loads_without_sparc_loss(checkpoint_path(folder, "captions"), folder / "tiny_coca.json")
 
 
 def test_a_convolutional_tower_trains(folder):
@@ -154,9 +156,13 @@ def test_a_plain_clip_checkpoint_resumes_under_sparc(folder):
     assert_trained(log)
 
 
-def test_the_checkpoint_loads_in_open_clip_without_sparc_loss(folder):
-    train(folder, name="portable")
-    assert_loads_without_sparc_loss(checkpoint_path(folder, "portable"), folder / "tiny.json", generations=("this",))
+@pytest.mark.parametrize(
+    ("flags", "options"), [((), {}), (("--siglip",), {"init_logit_bias": 0.0})], ids=["clip", "siglip"]
+)
+def test_the_checkpoint_loads_in_open_clip_without_sparc_loss(folder, flags, options):
+    name = "-".join(("portable", *flags)).replace("--", "")
+    train(folder, *flags, name=name)
+    assert_loads_without_sparc_loss(checkpoint_path(folder, name), folder / "tiny.json", **options)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_siglip_trains_under_fsdp2_with_its_bias(folder):
     log = train(folder, "--fsdp", "--siglip", name="fsdp-siglip", launcher=(*TORCHRUN, *SPARC))
     assert_trained(log)
     assert checkpoint(folder, "fsdp-siglip")["state_dict"]["logit_bias"].shape == ()
+    assert_loads_without_sparc_loss(checkpoint_path(folder, "fsdp-siglip"), folder / "tiny.json", init_logit_bias=0.0)
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
