@@ -12,11 +12,13 @@ Prints tables, and writes benchmark.json and benchmark.png (`--output`, runs/ben
 import argparse
 import gc
 import json
+import logging
 import os
 import platform
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -404,7 +406,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler of newer torches tells of every start and stop
     if options.threads:
         torch.set_num_threads(options.threads)
     results: dict = {"machine": machine(options.device), "losses": []}
@@ -423,5 +424,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nWritten to {options.output}: benchmark.json, benchmark.png")
 
 
+def quiet_libraries() -> None:
+    """Or the profiler tells of every start and stop, the compiler of itself, open_clip of a model without weights."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+    logging.getLogger().setLevel(logging.ERROR)
+
+
 if __name__ == "__main__":
+    quiet_libraries()
     main()
