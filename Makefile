@@ -8,7 +8,7 @@ OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 eino
 # What of the tests meets open_clip; its main branch changes nothing for the others.
 MAIN_TESTS := $(addprefix tests/,open_clip_4 integration embeddings losses test_train.py test_train_rivals.py test_metrics.py)
 
-.PHONY: help install train study test test-oldest test-main open-clip-checkout fuzz bench lint clean
+.PHONY: help install train study test test-oldest test-main open-clip-checkout fuzz bench docs lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz    hold the loss against its slow reference in 20,000 random cases"
 	@echo "make test-oldest  run the tests with the oldest torch and open_clip that are claimed"
 	@echo "make test-main OPEN_CLIP=path  run what touches open_clip with a checkout of its main branch"
+	@echo "make docs    build the documentation into build/site"
 	@echo "make lint    check style and formatting"
 	@echo "make clean   remove the virtual environments (runs/ stays)"
 
@@ -29,7 +30,7 @@ $(STAMP): pyproject.toml
 	@echo "Installing into $(VENV), which takes some minutes the first time ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --progress-bar off --quiet --editable '.[test,docs]'
 	@touch $@
 
 train: $(STAMP)
@@ -63,6 +64,9 @@ open-clip-checkout:
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	.venv-oldest/bin/python -m pip install --progress-bar off --quiet --editable '.[test]' $(foreach each,$(OLDEST),'$(each)')
 	@touch $@
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
