@@ -350,11 +350,6 @@ def test_features_of_any_magnitude_give_a_finite_loss(loss: Callable[..., Tensor
         ({"image_negatives": -1}, ValueError, "image_negatives is -1; expected a whole number of at least 1"),
         ({"image_negatives": 1.0}, TypeError, "image_negatives is 1.0 (float); expected a whole number"),
         ({"image_negatives": True}, TypeError, "image_negatives is True (bool); expected a whole number"),
-        (
-            {"image_negatives": 3},
-            ValueError,
-            "image_negatives is 3 with a batch of 3; expected at most 2, the other images of the batch",
-        ),
         ({"patch_features": torch.zeros(5, 4)}, ValueError, "patch_features has shape [5, 4]; expected rank 3"),
         ({"patch_features": torch.zeros(3, 0, 4)}, ValueError, "expected at least one patch"),
         ({"token_features": torch.zeros(2, 3, 4)}, ValueError, "token_features has B = 2 in shape [2, 3, 4], patch"),
@@ -383,7 +378,29 @@ def test_bad_input_is_refused_by_name(
 
 
 @every_implementation
-def test_a_batch_of_one_image_has_no_negatives_and_says_so(loss: Callable[..., Tensor]) -> None:
-    message = "image_negatives is 1 with a batch of 1; expected at least 2: a batch of one image has no negatives"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        loss(**vars(random_batch([3])), image_negatives=1)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@given(batch=batches())
+@hypothesis_settings(max_examples=20)
+def test_a_batch_with_too_few_other_images_is_contrasted_with_those_it_has(
+    loss: Callable[..., Tensor], reduction: str, batch: Batch
+) -> None:
+    batch = batch.but(reduction=reduction)
+    others = len(batch.token_mask) - 1
+    assume(others > 0)
+    expected = loss(**vars(batch), image_negatives=others)
+    close(loss(**vars(batch), image_negatives=others + 5), expected)
+
+
+@every_implementation
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_batch_of_one_pair_gives_zero_with_a_zero_gradient(loss: Callable[..., Tensor], reduction: str) -> None:
+    batch = random_batch([3]).but(reduction=reduction)
+    inputs = {
+        "patch_features": batch.patch_features.requires_grad_(),
+        "token_features": batch.token_features.requires_grad_(),
+        "logit_scale": torch.tensor(10.0, dtype=torch.float64, requires_grad=True),
+    }
+    value = loss(**vars(batch.but(**inputs)), image_negatives=3)
+    value.backward()
+    assert value == 0
+    assert all((tensor.grad == 0).all() for tensor in inputs.values())

@@ -8,6 +8,7 @@ from toy_training import D, LinearModel, P, whole_batch
 from sparc_loss import losses
 
 FEWER_PATCHES = P - 2  # on the last rank, where patches may differ
+FEWER_TOKENS = 3  # on the last rank, whose captions of "very different lengths" have at most 2
 
 
 class ModelWithHeads(nn.Module):
@@ -23,8 +24,9 @@ class ModelWithHeads(nn.Module):
         return output if self.heads is None else {**output, **self.heads(**output)}
 
 
-def rival_batch(lengths: str, world_size: int = 1, rank: int = 0, fewer_patches: bool = False) -> dict[str, Tensor]:
-    """A rank's share of the batch. With `fewer_patches` the last of two ranks has less of them, without padding."""
+def rival_batch(lengths: str, world_size: int = 1, rank: int = 0, fewer: str = "") -> dict[str, Tensor]:
+    """A rank's share of the batch. The last of two ranks has less of what `fewer` names, without padding."""
+    fewer_patches = fewer == "patches"
     batch = whole_batch(lengths, 2)
     del batch["region_mask"]
     size = len(batch["images"])
@@ -34,14 +36,16 @@ def rival_batch(lengths: str, world_size: int = 1, rank: int = 0, fewer_patches:
     if fewer_patches and world_size > 1 and rank == world_size - 1:
         batch = {**batch, "images": batch["images"][:, :FEWER_PATCHES]}
         del batch["patch_mask"]
+    if fewer == "tokens" and world_size > 1 and rank == world_size - 1:
+        batch = {**batch, **{name: batch[name][:, :FEWER_TOKENS] for name in ("texts", "token_mask")}}
     return batch
 
 
 def rival_step(
-    name: str, lengths: str, options: dict, fewer_patches: bool = False, rank: int = 0, world_size: int = 1
+    name: str, lengths: str, options: dict, fewer: str = "", rank: int = 0, world_size: int = 1
 ) -> dict[str, Tensor]:
     """The loss of one step and, averaged over ranks by DDP, the gradient of every parameter."""
-    batch = rival_batch(lengths, world_size, rank, fewer_patches)
+    batch = rival_batch(lengths, world_size, rank, fewer)
     model = ModelWithHeads(heads=name == "MgcaLoss")
     loss = getattr(losses, name)(**options, gather_with_grad=True, rank=rank, world_size=world_size)
     masks = {key: value for key, value in batch.items() if key.endswith("mask")}
@@ -56,5 +60,5 @@ def rival_step(
 
 
 def step_every_way(rank: int, world_size: int, settings: dict[str, tuple]) -> dict[str, dict[str, Tensor]]:
-    """`rival_step` for each of several (loss, lengths, options, fewer_patches)."""
+    """`rival_step` for each of several (loss, lengths, options, fewer)."""
     return {key: rival_step(*setting, rank=rank, world_size=world_size) for key, setting in settings.items()}

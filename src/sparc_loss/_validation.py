@@ -19,7 +19,8 @@ def check_number(name: str, value: float, minimum: float, maximum: float = float
     """Raise TypeError unless `value` is a real number, ValueError unless it is finite and in [minimum, maximum]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a number")
-    if not minimum <= value <= maximum or not math.isfinite(value):
+    # Not math.isfinite, which breaks the graph of torch.compile where a setting is a dynamic float.
+    if not (minimum <= value <= maximum and value < float("inf")):
         expected = f"at least {minimum}" if maximum == float("inf") else f"between {minimum} and {maximum}"
         number = "number" if math.isfinite(value) else "finite number"
         raise ValueError(f"{name} is {value}; expected a {number} {expected}")
@@ -47,11 +48,10 @@ def check_features(shapes: str, **features: Tensor) -> None:
     first_name, first_device = None, None
     for (name, tensor), shape in zip(features.items(), shapes.split(","), strict=True):
         axes = shape.split()
-        expected = "[" + ", ".join(axis.upper() for axis in axes) + "]"
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor {expected}")
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor {_spelled(axes)}")
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point tensor {expected}")
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point tensor {_spelled(axes)}")
         _check_shape(name, tensor, axes, sizes)
         if first_device is None:
             first_name, first_device = name, tensor.device
@@ -72,21 +72,21 @@ def check_mask(name: str, mask: Tensor, shape: Sequence[int], axes: str, device:
         TypeError: it is not a tensor, or its dtype is not torch.bool.
         ValueError: it has another shape or device.
     """
-    expected = "[" + ", ".join(axes.upper().split()) + "] = " + str(list(shape))
+    # Format messages only for an error: formatting a dynamic size breaks the graph of torch.compile.
     if not isinstance(mask, Tensor):
+        expected = f"{_spelled(axes.split())} = {list(shape)}"
         raise TypeError(f"{name} is a {type(mask).__name__}; expected a bool tensor {expected}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} has dtype {mask.dtype}; expected torch.bool, True where it counts")
     if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {list(mask.shape)}; expected {expected}")
+        raise ValueError(f"{name} has shape {list(mask.shape)}; expected {_spelled(axes.split())} = {list(shape)}")
     if mask.device != device:
         raise ValueError(f"{name} is on {mask.device} and the features on {device}; expected one device")
 
 
 def _check_shape(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str, tuple[int, str]]) -> None:
-    expected = "[" + ", ".join(axis.upper() for axis in axes) + "]"
     if tensor.ndim != len(axes):
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected rank {len(axes)}, {expected}")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected rank {len(axes)}, {_spelled(axes)}")
     for axis, size in zip(axes, tensor.shape, strict=True):
         known_size, known_name = sizes.setdefault(axis, (size, name))
         if size != known_size:
@@ -94,3 +94,8 @@ def _check_shape(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str
                 f"{name} has {axis.upper()} = {size} in shape {list(tensor.shape)}, "
                 f"{known_name} has {axis.upper()} = {known_size}; expected the same"
             )
+
+
+def _spelled(axes: Sequence[str]) -> str:
+    """["b", "p"] as "[B, P]"."""
+    return "[" + ", ".join(axis.upper() for axis in axes) + "]"

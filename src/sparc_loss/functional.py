@@ -7,9 +7,11 @@ space that images and texts share. Everything is computed in float32 at least, w
 arg-min of Eq. 2 flips and the gradient is wrong by a tenth. Float64 stays float64.
 
 Finite features give a finite loss as long as their products fit float32 (magnitudes from about 1e-18 to 1e18). NaN or
-infinity in the image, or in a token that counts, is never hidden: it makes the loss NaN.
+infinity in a patch or token that counts is never hidden: it makes the loss NaN. The values of masked patches and
+tokens have no effect, and their gradient is zero.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -85,6 +87,8 @@ def alignment_weights(
     usable = usable_patches(similarity.shape, similarity.device, patch_mask, region_mask)
     # A row without a usable patch is computed as if it had all and zeroed at the end: no 0/0 reaches the gradient.
     candidate = usable | ~usable.any(dim=-1, keepdim=True)
+    # An infinite similarity of an unusable patch would reach the gradient as 0 * inf.
+    similarity = similarity.masked_fill(~usable, 0)
 
     if method == "softmax":
         weights = similarity.masked_fill(~candidate, -torch.inf).softmax(dim=-1)
@@ -146,6 +150,7 @@ def sequence_contrastive_loss(
     check_features("b l d, b l d", grouped=grouped, token_features=token_features)
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
     check_choice("reduction", reduction, REDUCTIONS)
+    grouped, token_features = zero_where_masked(grouped, token_mask), zero_where_masked(token_features, token_mask)
     cosine = _einsum(_l2_normalised(grouped), _l2_normalised(token_features), "b j d, b k d -> b j k")
     logits = cosine * _one_element(logit_scale, cosine)
 
@@ -201,6 +206,8 @@ def fine_grained_loss(
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
     check_choice("alignment", alignment, ALIGNMENTS)
     token_mask = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+    patch_features = zero_where_masked(patch_features, patch_mask)
+    token_features = zero_where_masked(token_features, token_mask)
     similarity = token_patch_similarity(token_features, patch_features)
     weights = alignment_weights(similarity, threshold, alignment, patch_mask, region_mask)
     grouped = language_grouped_embeddings(weights, patch_features)
@@ -224,6 +231,7 @@ def alignment_scores(grouped: Tensor, token_features: Tensor, token_mask: Tensor
     """
     check_features("b l d, b l d", grouped=grouped, token_features=token_features)
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
+    grouped, token_features = zero_where_masked(grouped, token_mask), zero_where_masked(token_features, token_mask)
     cosine = _einsum(_l2_normalised(grouped), _l2_normalised(token_features), "b l d, b l d -> b l")
     return cosine.where(token_mask, 0).sum(dim=-1) / token_mask.sum(dim=-1).clamp(min=1)
 
@@ -246,7 +254,8 @@ def image_contrastive_loss(
     Not in the paper. Eq. 6 compares a caption with groups of its own image only, and groups of another image may tell
     the tokens apart as well; here they must not. Caption i scores image k by `alignment_scores`, with c_l from the
     patches of image k (Eqs. 2 to 5). The images are its own and those of the next K pairs, the first pair following
-    the last. Cross-entropy over the 1 + K scores * logit_scale, the own image as target.
+    the last; all other images where the batch has fewer than K. Cross-entropy over the 1 + K scores * logit_scale, the
+    own image as target. A batch of one pair has nothing to contrast: its loss and its gradient are 0.
 
     A token counts as in `fine_grained_loss`: by its own image. Other images it searches whole, as the regions of
     `region_mask` lie in the own one. An image without a patch is no negative of any caption.
@@ -256,7 +265,7 @@ def image_contrastive_loss(
         token_features: [B, L, D], not normalised.
         token_mask: bool [B, L], True for the tokens that count.
         logit_scale: 1/tau, a number or a tensor of one element; scores are cosines, as in Eq. 6.
-        image_negatives: K, from 1 to B - 1.
+        image_negatives: K, at least 1.
         threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
         alignment: "sparse", "dense" or "softmax", see `alignment_weights`.
         reduction: "token" averages over the captions with a token that counts; "sample" over all B, the others
@@ -271,7 +280,7 @@ def image_contrastive_loss(
     Raises:
         TypeError: features not floating point, a mask not bool, a threshold that is no number, a K that is not whole.
         ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment or reduction, a
-            logit_scale of several elements, a K below 1 or not below B.
+            logit_scale of several elements, a K below 1.
 
     Example:
         >>> patches, tokens = torch.randn(4, 49, 16), torch.randn(4, 7, 16)
@@ -282,13 +291,15 @@ def image_contrastive_loss(
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("alignment", alignment, ALIGNMENTS)
-    check_negatives(image_negatives, len(patch_features))
+    images_per_caption = 1 + available_negatives(image_negatives, len(patch_features))
     token_mask = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+    patch_features = zero_where_masked(patch_features, patch_mask)
+    token_features = zero_where_masked(token_features, token_mask)
     # Every image is used 1 + K times: let its gradients meet before they are rounded to its dtype.
     patch_features, token_features = _full_precision(patch_features), _full_precision(token_features)
 
     place = torch.arange(len(patch_features), device=patch_features.device)
-    images = (place[:, None] + torch.arange(1 + image_negatives, device=place.device)) % len(place)
+    images = (place[:, None] + torch.arange(images_per_caption, device=place.device)) % len(place)
     scores = []
     for k, image in enumerate(images.unbind(dim=1)):
         patches, mask = patch_features[image], None if patch_mask is None else patch_mask[image]
@@ -303,22 +314,29 @@ def image_contrastive_loss(
 
     captions = token_mask.any(dim=-1)
     loss = (logits.logsumexp(dim=1) - logits[:, 0]).where(captions, 0)
-    return loss.sum() / (captions.sum().clamp(min=1) if reduction == "token" else len(captions))
+    return loss.sum() / (captions.sum().clamp(min=1) if reduction == "token" else max(len(captions), 1))
 
 
-def check_negatives(image_negatives: int, batch: int) -> None:
-    """Raise TypeError unless `image_negatives` is an int, ValueError unless `batch` has as many other images."""
+def available_negatives(image_negatives: int, batch: int) -> int:
+    """How many other images a caption of the batch is contrasted with: `image_negatives`, or as many as there are.
+
+    Raises:
+        TypeError: image_negatives is no int.
+        ValueError: image_negatives is below 1.
+    """
     check_whole_number("image_negatives", image_negatives, 1)
-    if batch < 2:
-        raise ValueError(
-            f"image_negatives is {image_negatives} with a batch of {batch}; expected at least 2: "
-            "a batch of one image has no negatives"
-        )
-    if image_negatives >= batch:
-        raise ValueError(
-            f"image_negatives is {image_negatives} with a batch of {batch}; expected at most {batch - 1}, "
-            "the other images of the batch"
-        )
+    return min(image_negatives, max(batch - 1, 0))
+
+
+def zero_where_masked(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Features [B, N, D] with zeros where `mask`, bool [B, N], is False; as they are where it is None."""
+    return features if mask is None else features.masked_fill(~rearrange(mask, "b n -> b n 1"), 0)
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager:
+    """A context without autocast; some devices, such as meta, have none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def countable_tokens(
@@ -383,5 +401,5 @@ def _full_precision(tensor: Tensor) -> Tensor:
 
 def _einsum(left: Tensor, right: Tensor, pattern: str) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    with torch.autocast(left.device.type, enabled=False):
+    with autocast_disabled(left.device):
         return einsum(left.to(dtype), right.to(dtype), pattern)

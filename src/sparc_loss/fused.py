@@ -56,9 +56,17 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparc_loss._validation import check_choice, check_features, check_number, check_scale
-from sparc_loss.functional import ALIGNMENTS, REDUCTIONS, Alignment, Reduction, countable_tokens
+from sparc_loss.functional import (
+    ALIGNMENTS,
+    REDUCTIONS,
+    Alignment,
+    Reduction,
+    autocast_disabled,
+    countable_tokens,
+)
 
 # A processor's cache decides: with 8 MiB, 2 threads are 2 to 4 times faster than with 1 MiB, and as fast as with 32.
 CPU_CHUNK_BYTES = 8 * 2**20
@@ -66,6 +74,8 @@ CPU_CHUNK_BYTES = 8 * 2**20
 OTHER_CHUNK_BYTES = 256 * 2**20
 # A group may hold so many masked positions for every one that counts: products spent for fewer groups.
 CPU_PADDING, OTHER_PADDING = 0.1, 0.5
+
+_TAKE_EAGER = 'take implementation="eager" (sparc_loss.functional), which is differentiable to any order'
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -114,7 +124,8 @@ def fine_grained_loss(
         TypeError: features not floating point, a mask not bool, a threshold that is no number.
         ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment or reduction, a
             chunk_bytes below 1.
-        RuntimeError: in backward, when a second derivative is asked for.
+        RuntimeError: in a transform of torch.func, in forward-mode differentiation, and in backward when a second
+            derivative is asked for.
 
     Example:
         >>> patches, tokens = torch.randn(2, 49, 16), torch.randn(2, 7, 16)
@@ -168,6 +179,10 @@ def _checked_and_applied(
         chunk_bytes = CPU_CHUNK_BYTES if on_cpu else OTHER_CHUNK_BYTES
     check_number("chunk_bytes", chunk_bytes, 1)
 
+    if is_transformed(patch_features, token_features, logit_scale):
+        raise RuntimeError(
+            f"the fused loss works neither in torch.func nor in forward-mode differentiation; {_TAKE_EAGER}"
+        )
     settings = _Settings(
         threshold, alignment, reduction, chunk_bytes, CPU_PADDING if on_cpu else OTHER_PADDING, recompute
     )
@@ -177,6 +192,13 @@ def _checked_and_applied(
         return _FineGrainedLoss.apply(*features, *masks, settings, loss_and_gradients)
     with torch.no_grad():
         return loss_and_gradients(*features, *masks, settings, (False, False, False))[0]
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func transforms these, or forward-mode differentiation follows one of them."""
+    if torch._C._are_functorch_transforms_active():  # what torch.autograd.Function itself asks
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -236,10 +258,7 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            'the fused fine-grained loss has no second derivative; take implementation="eager" '
-            "(sparc_loss.functional), which is differentiable to any order"
-        )
+        raise RuntimeError(f"the fused fine-grained loss has no second derivative; {_TAKE_EAGER}")
 
 
 def _loss_and_gradients(
@@ -274,12 +293,14 @@ def _loss_and_gradients(
     if grad_patches is not None:
         grad_patches.index_fill_(0, captions[:empty], 0)
 
-    with torch.autocast(device.type, enabled=False):
+    with autocast_disabled(device):
         for group, longest in groups:
             chosen, share = captions[group], shares[group]
             places = chosen[:, None], positions[chosen, :longest]
             counts = torch.arange(longest, device=device) < numbers[group, None]
             v = patch_features[chosen].to(dtype)
+            if patch_mask is not None:
+                v.masked_fill_(~patch_mask[chosen][..., None], 0)
             t = token_features[places].to(dtype).masked_fill_(~counts[..., None], 0)
             usable = _usable(places, counts, patch_mask, region_mask)
 

@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparc_loss._validation import check_features
-from sparc_loss.functional import Alignment, Reduction, check_negatives
+from sparc_loss.functional import Alignment, Reduction, autocast_disabled, available_negatives
 from sparc_loss.fused import Gradients, _checked_and_applied, _groups, _Settings, _unit, _usable, _weights
 
 
@@ -56,7 +56,7 @@ def image_contrastive_loss(
         token_features: [B, L, D], not normalised.
         token_mask: bool [B, L], True for the tokens that count.
         logit_scale: 1/tau, a number or a tensor of one element.
-        image_negatives: K, from 1 to B - 1.
+        image_negatives: K, at least 1; as many as there are where the batch has fewer other images.
         threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
         alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
         reduction: "token" or "sample", see `functional.image_contrastive_loss`.
@@ -72,13 +72,13 @@ def image_contrastive_loss(
     Raises:
         TypeError: features not floating point, a mask not bool, a threshold that is no number, a K that is not whole.
         ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment or reduction, a
-            chunk_bytes below 1, a K below 1 or not below B.
-        RuntimeError: in backward, when a second derivative is asked for.
+            chunk_bytes below 1, a K below 1.
+        RuntimeError: as `fused.fine_grained_loss`.
     """
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
-    check_negatives(image_negatives, len(patch_features))
+    images = 1 + available_negatives(image_negatives, len(patch_features))
     return _checked_and_applied(
-        partial(_loss_and_gradients, images=1 + image_negatives),
+        partial(_loss_and_gradients, images=images),
         patch_features,
         token_features,
         token_mask,
@@ -117,13 +117,13 @@ def _loss_and_gradients(
 
     numbers, captions = countable.sum(dim=1).sort()
     positions = countable.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    share = 1 / ((numbers > 0).sum().clamp(min=1).to(dtype) if settings.reduction == "token" else batch)
+    share = 1 / ((numbers > 0).sum().clamp(min=1).to(dtype) if settings.reduction == "token" else max(batch, 1))
     if patch_mask is not None:
-        is_image = patch_mask.any(dim=1)
+        is_image, padding = patch_mask.any(dim=1), ~patch_mask
         # One without a patch is scored as if it had all, and its score left out: no 0/0 reaches the gradient.
         patch_mask = patch_mask | ~is_image[:, None]
 
-    with torch.autocast(device.type, enabled=False):
+    with autocast_disabled(device):
         for group, longest in _groups(numbers.tolist(), patches, dim, dtype.itemsize, settings, images):
             chosen, number = captions[group], numbers[group]
             places = positions[chosen, :longest]
@@ -137,6 +137,8 @@ def _loss_and_gradients(
             for k, image in enumerate(others.unbind(dim=1)):
                 usable = _usable((image[:, None], places), counts, patch_mask, region_mask if k == 0 else None)
                 v = patch_features[image].to(dtype)
+                if patch_mask is not None:
+                    v.masked_fill_(padding[image][..., None], 0)
                 scored.append(_score(v, t, t_unit, t_norm, share_of_token, usable, settings, any(wanted[:2])))
             scores = torch.stack([score for score, *_ in scored], dim=1)
             logits = scores * scale

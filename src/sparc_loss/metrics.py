@@ -14,6 +14,7 @@ from sparc_loss.functional import (
     language_grouped_embeddings,
     token_patch_similarity,
     usable_patches,
+    zero_where_masked,
 )
 
 PAIRS = 64  # of [64, 77, 576] similarities, 11 MB
@@ -60,6 +61,8 @@ def alignment_metrics(
     patch_mask = None if patch_mask is None else patch_mask[:pairs]
     region_mask = None if region_mask is None else region_mask[:pairs]
     counts = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+    patch_features = zero_where_masked(patch_features, patch_mask)
+    token_features = zero_where_masked(token_features, counts)
     similarity = token_patch_similarity(token_features, patch_features)
     weights = alignment_weights(similarity, threshold, alignment, patch_mask, region_mask)
     usable = usable_patches(weights.shape, weights.device, patch_mask, region_mask).sum(dim=-1).to(weights.dtype)

@@ -10,12 +10,18 @@ from rival_outputs import FEATURES, random_outputs
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss
+from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss, SparcLoss
 
 B, P, L, D = 3, 4, 5, 6
 LOSSES = [FilipLoss, PaclLoss, GloriaLoss, MgcaLoss]
 
-pytestmark = pytest.mark.parametrize("loss_class", LOSSES)
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test runs for each rival, and for SparcLoss too where it asks for `any_loss_class`."""
+    if "any_loss_class" in metafunc.fixturenames:
+        metafunc.parametrize("any_loss_class", [SparcLoss, *LOSSES])
+    else:
+        metafunc.parametrize("loss_class", LOSSES)
 
 
 def total(loss_class, outputs: dict[str, Tensor], output_dict: bool = False, **options):
@@ -228,8 +234,48 @@ def test_bad_batches_are_refused_by_name(loss_class, name, value, error, message
         total(loss_class, {**outputs, name: value})
 
 
-def test_a_batch_without_a_pair_is_refused(loss_class):
+def test_a_batch_without_a_pair_is_refused(any_loss_class):
     outputs = random_outputs(dtype=torch.float32)
     empty = {name: value[:0] if value.ndim and len(value) == B else value for name, value in outputs.items()}
-    with pytest.raises(ValueError, match=r"_features has shape \[0, .*; expected (a pair or more|no size of 0)"):
-        total(loss_class, empty)
+    if any_loss_class is MgcaLoss:  # its heads refuse an empty batch before
+        empty |= {name: torch.zeros(0, L, D) for name in MgcaLoss.further_inputs}
+    with pytest.raises(ValueError, match=re.escape("image_features has shape [0, 6]; expected a pair or more")):
+        any_loss_class()(**empty)
+
+
+def test_outputs_of_evaluation_mode_are_refused_with_the_reason(any_loss_class):
+    outputs = random_outputs(dtype=torch.float32)
+    evaluated = {name: outputs[name] for name in ("image_features", "text_features", "logit_scale")}
+    message = (
+        f"{any_loss_class.__name__} got no patch_features, token_features, token_mask; expected the outputs of a "
+        "model from sparc_loss.surface_embeddings in training mode (call model.train())"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        any_loss_class()(**evaluated)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def test_what_stands_in_masked_places_reaches_neither_value_nor_gradient(any_loss_class, implementation, value):
+    outputs = random_outputs()
+    outputs["token_mask"] = torch.tensor([[True, False, True, False, True], [False] * 5, [True] * 5])
+    outputs["patch_mask"] = torch.tensor([[True, True, False, True], [True] * 4, [False, True, False, False]])
+    options = {}
+    if any_loss_class is SparcLoss:
+        options = {"implementation": implementation, "image_negatives": 2, "metrics": True}
+        outputs["region_mask"] = torch.rand(B, L, P) < 0.8
+
+    def terms_and_gradients(filling):
+        changed = {name: each.detach().clone() for name, each in outputs.items()}
+        changed["patch_features"][~outputs["patch_mask"]] = filling
+        changed["token_features"][~outputs["token_mask"]] = filling
+        inputs = [changed[name].requires_grad_() for name in FEATURES]
+        terms = total(any_loss_class, changed, output_dict=True, **options)
+        whole = sum(term for name, term in terms.items() if name.endswith("_loss"))
+        return terms, torch.autograd.grad(whole, inputs, materialize_grads=True)
+
+    terms, gradients = terms_and_gradients(value)
+    assert_close((terms, gradients), terms_and_gradients(0.0), rtol=1e-12, atol=1e-12)
+    by_patch, by_token = gradients[2:4]
+    assert (by_patch[~outputs["patch_mask"]] == 0).all()
+    assert (by_token[~outputs["token_mask"]] == 0).all()

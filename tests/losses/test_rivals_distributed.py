@@ -15,15 +15,19 @@ OPTIONS = {
     "GloriaLoss": {},
     "MgcaLoss": {},
 }
-SETTINGS = {f"{name}, {lengths}": (name, lengths, OPTIONS[name], False) for name in OPTIONS for lengths in LENGTHS}
+SETTINGS = {f"{name}, {lengths}": (name, lengths, OPTIONS[name], "") for name in OPTIONS for lengths in LENGTHS}
 LENGTH = "very different lengths"
 SETTINGS |= {
     # Without the global half: the toy model's pooled features would see the padding.
-    f"{name}, fewer patches on a rank": (name, LENGTH, {**OPTIONS[name], "global_weight": 0.0}, True)
+    f"{name}, fewer patches on a rank": (name, LENGTH, {**OPTIONS[name], "global_weight": 0.0}, "patches")
     for name in ("FilipLoss", "PaclLoss", "GloriaLoss")
 }
 SETTINGS |= {
-    f"{name}, {options}": (name, LENGTH, options, False)
+    f"{name}, shorter captions on a rank": (name, LENGTH, {**OPTIONS[name], "global_weight": 0.0}, "tokens")
+    for name in ("FilipLoss", "GloriaLoss")
+}
+SETTINGS |= {
+    f"{name}, {options}": (name, LENGTH, options, "")
     for name, options in [
         ("FilipLoss", {"token_dropping": 0.0, "local_loss": True, "global_weight": 1.0}),
         ("MgcaLoss", {"fine_grained_weight": 0.0}),
@@ -31,7 +35,7 @@ SETTINGS |= {
         ("MgcaLoss", {"global_weight": 0.0}),
     ]
 }
-DROPPING = {"FilipLoss, dropping": ("FilipLoss", LENGTH, {"token_dropping": 0.5}, False)}
+DROPPING = {"FilipLoss, dropping": ("FilipLoss", LENGTH, {"token_dropping": 0.5}, "")}
 
 
 @pytest.fixture(scope="module")

@@ -221,11 +221,22 @@ def test_the_contrast_with_other_images_has_the_scale_of_the_fine_grained_half(o
     assert_close(terms["image_contrastive_loss"], image_contrastive(outputs, 1, logit_scale=3.0))
 
 
-@pytest.mark.parametrize("negatives", [3, 4])
-def test_more_negatives_than_the_batch_has_are_refused(outputs: dict[str, Tensor], negatives: int) -> None:
-    message = f"image_negatives is {negatives} with a batch of 3; expected at most 2, the other images of the batch"
-    with pytest.raises(ValueError, match=message):
-        SparcLoss(image_negatives=negatives)(**outputs)
+@pytest.mark.parametrize("negatives", [3, 40])
+def test_a_batch_with_fewer_other_images_uses_those_it_has(outputs: dict[str, Tensor], negatives: int) -> None:
+    terms = SparcLoss(image_negatives=negatives)(**outputs, output_dict=True)
+    assert_close(terms["image_contrastive_loss"], image_contrastive(outputs, 2))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_batch_of_one_pair_has_a_contrast_of_zero_that_is_attached(
+    outputs: dict[str, Tensor], implementation: str
+) -> None:
+    one = {name: value[:1] if value.ndim else value for name, value in outputs.items()}
+    loss = SparcLoss(image_negatives=3, implementation=implementation)
+    term = loss(**one, output_dict=True)["image_contrastive_loss"]
+    term.backward()
+    assert term == 0
+    assert (outputs["patch_features"].grad == 0).all()
 
 
 # A weight of zero
@@ -349,19 +360,106 @@ def test_has_no_parameters_and_no_state() -> None:
 
 
 def test_prints_its_settings() -> None:
-    assert "global_weight=0.5, fine_grained_weight=1.0, threshold=None, alignment='dense'" in repr(
-        SparcLoss(alignment="dense")
+    loss = SparcLoss(alignment="dense", image_negatives=3, image_contrastive_weight=0.25)
+    assert loss.extra_repr() == (
+        "global_weight=0.5, fine_grained_weight=1.0, threshold=None, alignment='dense', reduction='token', "
+        "fine_grained_scale=None, image_negatives=3, image_contrastive_weight=0.25"
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"reduction": "sample"}, {"alignment": "softmax"}, {"image_negatives": 2}], ids=str
-)
+# What the loss is computed from, beside what is always there.
+COMPILED = [
+    {},
+    {"reduction": "sample", "threshold": 0.5},
+    {"alignment": "softmax"},
+    {"image_negatives": 2},
+    {"implementation": "eager", "image_negatives": 2, "reduction": "sample"},
+]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
 def test_compiles_without_a_graph_break(outputs: dict[str, Tensor], options: dict) -> None:
     torch.compiler.reset()
     loss = SparcLoss(**options)
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     assert_close(compiled(**outputs), loss(**outputs))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_other_batch_sizes_compile_without_a_graph_break(options: dict, dynamic: bool | None) -> None:
+    """With dynamic=None the second size makes the shapes dynamic."""
+    torch.compiler.reset()
+    # The global loss of its own: open_clip's ClipLoss keeps labels by the batch size.
+    loss = SparcLoss(global_loss=Sum(), **options)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True, dynamic=dynamic)
+    for size in (4, 7, 5):
+        batch = {
+            "image_features": torch.randn(size, D),
+            "text_features": torch.randn(size, D),
+            "logit_scale": torch.tensor(10.0),
+            "patch_features": torch.randn(size, P, D),
+            "token_features": torch.randn(size, L, D),
+            "token_mask": torch.rand(size, L) < 0.7,
+            "patch_mask": torch.rand(size, P) < 0.9,
+            "region_mask": torch.rand(size, L, P) < 0.9,
+        }
+        assert_close(compiled(**batch), loss(**batch))
+
+
+class Sum(nn.Module):
+    """In place of ClipLoss."""
+
+    def forward(self, image_features, text_features, logit_scale, output_dict):
+        return {"contrastive_loss": (image_features * text_features).sum() * logit_scale}
+
+
+# Other ways to differentiate
+
+
+@pytest.mark.parametrize("options", [{}, {"image_negatives": 2}], ids=str)
+def test_auto_takes_eager_in_a_transform_of_torch_func(outputs: dict[str, Tensor], options: dict) -> None:
+    def of_patches(patch_features: Tensor) -> Tensor:
+        return SparcLoss(**options)(**{**outputs, "patch_features": patch_features})
+
+    expected = torch.autograd.grad(of_patches(outputs["patch_features"]), outputs["patch_features"])[0]
+    patches = outputs["patch_features"].detach()
+    assert_close(torch.func.grad(of_patches)(patches), expected)
+    tangent = torch.randn_like(patches)
+    # torch gives the tangent of a float32 loss in float64.
+    slope = torch.func.jvp(of_patches, (patches,), (tangent,))[1]
+    assert_close(slope, (expected * tangent).sum(), check_dtype=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = of_patches(torch.autograd.forward_ad.make_dual(patches, tangent))
+        slope = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        assert_close(slope, (expected * tangent).sum(), check_dtype=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"fine_grained_weight": 0.0, "image_negatives": 2}], ids=str)
+def test_fused_in_a_transform_of_torch_func_names_eager(outputs: dict[str, Tensor], options: dict) -> None:
+    def of_patches(patch_features: Tensor) -> Tensor:
+        return SparcLoss(implementation="fused", **options)(**{**outputs, "patch_features": patch_features})
+
+    message = (
+        'the fused loss works neither in torch.func nor in forward-mode differentiation; take implementation="eager"'
+    )
+    patches = outputs["patch_features"].detach()
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.func.grad(of_patches)(patches)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=re.escape(message)):
+        of_patches(torch.autograd.forward_ad.make_dual(patches, torch.ones_like(patches)))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_works_on_the_meta_device(outputs: dict[str, Tensor], implementation: str) -> None:
+    loss = SparcLoss(implementation=implementation, image_negatives=2)
+    meta = {
+        name: value.detach().to("meta").requires_grad_(value.is_floating_point()) for name, value in outputs.items()
+    }
+    total = loss(**meta)
+    total.backward()
+    assert total.shape == ()
+    assert meta["patch_features"].grad.shape == (B, P, D)
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample"])

@@ -2,8 +2,8 @@
 
 What that costs, for B pairs on each of W ranks: every rank scores B * W * B pairs by P * L similarities each, a block
 a time, and again in the backward pass. It receives the tokens of all ranks, W * B * L * D numbers, and all-reduces as
-many of gradient. Patches stay where they are, so P may differ between ranks; B and L may not, which open_clip sees to.
-That is not checked, as a check would be one more wait.
+many of gradient. Patches stay where they are, so P may differ between ranks. Captions are padded to the longest of all
+ranks. B must be the same on each rank, as open_clip's batches are.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,11 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparc_loss._validation import check_mask
+from sparc_loss.functional import zero_where_masked
 
 BLOCK_NUMBERS = 2**24
 """The most numbers in one tensor of a block: 64 MiB in float32, of which a block holds a few."""
@@ -26,15 +28,19 @@ Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 mask [I, P], tokens [C, L, D] and token mask [C, L]; every row of a mask has at least one True."""
 
 
-def check_masks(
+def checked_inputs(
     name: str,
     patch_features: Tensor,
     token_features: Tensor,
     token_mask: Tensor,
     patch_mask: Tensor | None,
     region_mask: Tensor | None,
-) -> Tensor:
-    """Check the masks of an objective without regions, `name`; the patch mask, bool [B, P], all True where None.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the inputs of an objective without regions, `name`.
+
+    Returns:
+        patch_features [B, P, D] and token_features [B, L, D], zero where masked, so that what stands there reaches no
+        product; and the patch mask, bool [B, P], all True where it is None.
 
     Raises:
         TypeError: a mask not bool.
@@ -46,10 +52,12 @@ def check_masks(
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
     if region_mask is not None:
         raise ValueError(f"region_mask is given; expected None: {name} lets every token use every patch")
+    token_features = zero_where_masked(token_features, token_mask)
     if patch_mask is None:
-        return torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
+        patch_mask = torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
+        return patch_features, token_features, patch_mask
     check_mask("patch_mask", patch_mask, patch_features.shape[:2], "b p", patch_features.device)
-    return patch_mask
+    return zero_where_masked(patch_features, patch_mask), token_features, patch_mask
 
 
 def all_pairs_loss(
@@ -73,12 +81,13 @@ def all_pairs_loss(
         token_features: [B, L, D], this rank's.
         token_mask: bool [B, L].
         logit_scale: 1/tau, a number or a tensor of one element.
-        world_size: number of ranks; B and L are the same on each.
+        world_size: number of ranks; B is the same on each.
 
     Returns:
         Scalar, float32 (float64 if a feature is).
     """
     counts = gathered(token_mask.any(dim=1) & patch_mask.any(dim=1), world_size)
+    token_features, token_mask = _padded_to_longest(token_features, token_mask, world_size)
     tokens, token_mask = gathered(token_features, world_size), gathered(token_mask, world_size)
     scores = all_pairs_scores(score, patch_features, patch_mask, tokens, token_mask)
     scores = gathered(rearrange(scores, "way i c -> i way c"), world_size)
@@ -138,6 +147,17 @@ def gathered(tensor: Tensor, world_size: int) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the last axis of what `mask` marks, at least one in each row."""
     return values.masked_fill(~mask, 0).sum(dim=-1) / mask.sum(dim=-1)
+
+
+def _padded_to_longest(token_features: Tensor, token_mask: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
+    """Tokens [B, L, D] and mask [B, L] with masked zeros at the end, so that L is the same on each rank."""
+    if world_size == 1:
+        return token_features, token_mask
+    length = token_mask.shape[1]
+    longest = torch.tensor(length, device=token_mask.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    missing = longest.item() - length
+    return F.pad(token_features, (0, 0, 0, missing)), F.pad(token_mask, (0, missing))
 
 
 class _Gathered(torch.autograd.Function):

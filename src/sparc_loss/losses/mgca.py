@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparc_loss._validation import check_features, check_number
-from sparc_loss.functional import sequence_contrastive_loss
-from sparc_loss.losses.all_pairs import check_masks, gathered
+from sparc_loss.functional import autocast_disabled, sequence_contrastive_loss
+from sparc_loss.losses.all_pairs import checked_inputs, gathered
 from sparc_loss.losses.objective import Objective, check_positive, zero_of
 
 FURTHER_INPUTS = ("attended_patches", "attended_tokens", "image_prototype_logits", "text_prototype_logits")
@@ -107,7 +107,9 @@ class MgcaLoss(Objective):
         **_: Tensor,
     ) -> Tensor:
         """Token alignment of this rank's pairs, a scalar: the mean over ranks is that of the whole batch."""
-        patch_mask = check_masks("MgcaLoss", patch_features, token_features, token_mask, patch_mask, region_mask)
+        patch_features, token_features, patch_mask = checked_inputs(
+            "MgcaLoss", patch_features, token_features, token_mask, patch_mask, region_mask
+        )
         token_counts = token_mask & patch_mask.any(dim=1, keepdim=True)
         patch_counts = patch_mask & token_mask.any(dim=1, keepdim=True)
         by_token = sequence_contrastive_loss(attended_patches, token_features, token_counts, logit_scale, "sample")
@@ -231,9 +233,11 @@ class MgcaHeads(nn.Module):
             patch_features=patch_features,
             token_features=token_features,
         )
-        patch_mask = check_masks("MgcaHeads", patch_features, token_features, token_mask, patch_mask, None)
+        patch_features, token_features, patch_mask = checked_inputs(
+            "MgcaHeads", patch_features, token_features, token_mask, patch_mask, None
+        )
         dtype = self.prototypes.dtype
-        with torch.autocast(patch_features.device.type, enabled=False):
+        with autocast_disabled(patch_features.device):
             patches, tokens = patch_features.to(dtype), token_features.to(dtype)
             prototypes = F.normalize(self.prototypes, dim=-1)
             return {

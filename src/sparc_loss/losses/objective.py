@@ -13,6 +13,11 @@ class Objective(nn.Module):
     DistributedDataParallel averages equals that of one process on the whole batch, each rank having as many pairs.
     It has no parameters, as open_clip optimises the model's only.
 
+    With `world_size > 1` the loss uses collective operations, as ClipLoss does. Every rank must call it at every step,
+    with as many pairs as the others. A call on one rank only, such as a validation loss on rank 0, never returns. Use
+    a second loss with `world_size=1` for it. When one rank runs out of data, the calls of the others never return, not
+    even inside `torch.distributed.algorithms.Join`. Drop the last incomplete batch on every rank.
+
     Args:
         global_weight: scales the `contrastive_loss` of the global loss. 0 skips that half's work.
         fine_grained_weight: scales the fine-grained term. 0 skips that half's work.
@@ -79,9 +84,9 @@ class Objective(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
-        patch_features: Tensor,
-        token_features: Tensor,
-        token_mask: Tensor,
+        patch_features: Tensor | None = None,
+        token_features: Tensor | None = None,
+        token_mask: Tensor | None = None,
         logit_bias: Tensor | None = None,
         patch_mask: Tensor | None = None,
         region_mask: Tensor | None = None,
@@ -109,9 +114,18 @@ class Objective(nn.Module):
             the terms.
 
         Raises:
-            TypeError: features not floating point, a mask not bool.
+            TypeError: features not floating point, a mask not bool; no patch_features, token_features or token_mask,
+                which a model in evaluation mode does not return.
             ValueError: ranks, sizes or devices that disagree, no pair, a logit_scale of several elements.
         """
+        local = {"patch_features": patch_features, "token_features": token_features, "token_mask": token_mask}
+        missing = [name for name, value in local.items() if value is None]
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__} got no {', '.join(missing)}; expected the outputs of a model from "
+                "sparc_loss.surface_embeddings in training mode (call model.train()): in evaluation mode it returns "
+                "what open_clip returns"
+            )
         check_features(
             "b c, b c, b p d, b l d",
             image_features=image_features,

@@ -43,13 +43,13 @@ class SparcLoss(Objective):
         alignment: "sparse" (the paper), "dense" (no Eq. 3) or "softmax" (over patches, instead of Eqs. 2-4).
         reduction: "token" (the paper's Listing 1) or "sample" (its Eq. 6).
         fine_grained_scale: 1/tau of the fine-grained half; None shares the model's learned `logit_scale` (the paper).
-        image_negatives: K, the number of other images with which each caption's alignment is contrasted, below the
-            number of pairs of every (accumulated) batch; costs 1 + K alignments. 0 is the paper.
+        image_negatives: K, the number of other images with which each caption's alignment is contrasted; costs 1 + K
+            alignments. A batch with fewer other images uses those it has. 0 is the paper.
         image_contrastive_weight: of that contrast. 0 skips its work. Its settings are those of the fine-grained half.
         implementation: "eager" takes the plain functions of `sparc_loss.functional`, differentiable to any order and
             compiled without a graph break; "fused" takes `sparc_loss.fused`, cheaper, with first derivatives only and
-            a graph break under torch.compile. "auto" takes "fused" on CPU and CUDA outside torch.compile, else
-            "eager", and logs which at debug level when that changes.
+            a graph break under torch.compile. "auto" takes "fused" on CPU and CUDA, and "eager" elsewhere, in
+            torch.compile, torch.func and forward-mode differentiation. It logs a change of choice at debug level.
         global_loss: a module called like open_clip's losses and returning a dict with `contrastive_loss`, such as
             SigLipLoss or CoCaLoss; its other terms pass through unweighted. None makes a ClipLoss.
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
@@ -140,8 +140,8 @@ class SparcLoss(Objective):
         **_: Tensor,
     ) -> Tensor:
         """L_f of this rank's captions, so scaled that the mean over ranks is L_f of the whole batch."""
-        fine_grained_loss = fused.fine_grained_loss if self._fuses(patch_features) else functional.fine_grained_loss
-        loss = fine_grained_loss(
+        module = fused if self._fuses(patch_features, token_features, logit_scale) else functional
+        loss = module.fine_grained_loss(
             patch_features,
             token_features,
             token_mask,
@@ -171,7 +171,7 @@ class SparcLoss(Objective):
         """{"image_contrastive_loss": ...}, weighted and scaled as the fine-grained term, if there are negatives."""
         if self.image_negatives == 0 or self.image_contrastive_weight == 0:
             return {}
-        module = fused_contrast if self._fuses(patch_features) else functional
+        module = fused_contrast if self._fuses(patch_features, token_features, logit_scale) else functional
         loss = module.image_contrastive_loss(
             patch_features,
             token_features,
@@ -195,14 +195,15 @@ class SparcLoss(Objective):
             return {}
         return alignment_metrics(**local_outputs, threshold=self.threshold, alignment=self.alignment)
 
-    def _fuses(self, patch_features: Tensor) -> bool:
+    def _fuses(self, patch_features: Tensor, token_features: Tensor, logit_scale: Tensor | float) -> bool:
         if self.implementation != "auto":
             return self.implementation == "fused"
         if torch.compiler.is_compiling():
             _log_choice("eager", "inside torch.compile")
             return False
+        features = [each for each in (patch_features, token_features, logit_scale) if isinstance(each, Tensor)]
         device = patch_features.device.type
-        choice = "fused" if device in ("cpu", "cuda") else "eager"
+        choice = "fused" if device in ("cpu", "cuda") and not fused.is_transformed(*features) else "eager"
         if choice != self._logged:
             self._logged = choice
             _log_choice(choice, f"on {device}")
