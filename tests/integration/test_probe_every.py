@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-from launching import checkpoint, train
+from launching import MODEL_CONFIG, checkpoint, train
 from open_clip_train import main as open_clip_main
 
+from sparc_loss import surface_embeddings
 from sparc_loss.evaluation import image_dependence
 from sparc_loss.integration import probe_every, sparc
+from sparc_loss.integration.show_every import draw_validation_pairs
 from sparc_loss.integration.validation import validation_pairs
 
 
@@ -71,6 +73,39 @@ def test_other_epochs_and_ranks_measure_nothing(model, args, tmp_path, change, e
     assert not (tmp_path / "run" / "image_dependence.jsonl").exists()
 
 
+def test_it_measures_in_evaluation_mode(args, tmp_path):
+    """Patch dropout would leave patches out in training mode."""
+    config = {**MODEL_CONFIG, "vision_cfg": {**MODEL_CONFIG["vision_cfg"], "patch_dropout": 0.5}}
+    model = open_clip.CLIP(**config)
+    model.visual.preprocess_cfg = {"size": (32, 32)}
+    surface_embeddings(model, open_clip.get_tokenizer("ViT-B-32", context_length=16)).train()
+    expected = probe_every.measure_validation_pairs(model.eval(), args)
+    assert probe_every.measure_validation_pairs(model.train(), args) == expected
+
+
+@pytest.mark.parametrize("precision", ["amp", "amp_bf16", "bf16", "fp16", "pure_bf16", "pure_fp16"])
+def test_it_measures_and_draws_in_the_precision_of_the_training(args, folder, precision):
+    def created(precision):
+        torch.manual_seed(0)
+        model = open_clip.create_model(f"local-dir:{folder / 'model'}", precision=precision)
+        return surface_embeddings(model, open_clip.get_tokenizer("ViT-B-32", context_length=16)).train()
+
+    expected = probe_every.measure_validation_pairs(created("fp32"), args)
+    args.precision = precision
+    model = created(precision)
+    measured = probe_every.measure_validation_pairs(model, args)
+    assert measured.right.loss == pytest.approx(expected.right.loss, rel=0.1)
+    assert draw_validation_pairs(model, args) is not None
+
+
+def test_a_training_in_bfloat16_measures_and_draws(folder):
+    flags = ("--precision", "bf16", "--val-data", str(folder / "val.csv"))
+    log = train(folder, *flags, "--sparc-probe-every", "1", "--sparc-show-every", "1", name="bf16")
+    assert "Traceback" not in log
+    assert len((folder / "logs" / "bf16" / "image_dependence.jsonl").read_text().splitlines()) == 1
+    assert (folder / "logs" / "bf16" / "words" / "epoch_1.png").exists()
+
+
 def test_modes_gradients_and_random_numbers_stay(model, args):
     model.train()
     model.visual.eval()
@@ -116,7 +151,7 @@ def test_a_single_validation_pair_is_refused(args, folder, monkeypatch, tmp_path
     monkeypatch.setattr(open_clip_main.train_one_epoch, "__wrapped__", None, raising=False)
     (tmp_path / "one.csv").write_text("\n".join((folder / "val.csv").read_text().splitlines()[:2]))
     args.val_data = str(tmp_path / "one.csv")
-    with pytest.raises(ValueError, match="--sparc-probe-every is set with one validation pair; expected 2 or more"):
+    with pytest.raises(ValueError, match="--sparc-probe-every is set with 1 validation image; expected 2 or more"):
         probe_every.check_run(args)
 
 

@@ -131,7 +131,7 @@ def test_a_webdataset_is_read_as_well(args, folder, tmp_path):
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     args.val_data = str(tmp_path / "val.tar")
-    pairs = validation_pairs(args, 4)
+    pairs = list(validation_pairs(args, 4))
     assert captions_of(pairs) == [f"caption {index}" for index in range(4)]
     assert pairs[0][0].size == (32, 32)
 
@@ -140,7 +140,7 @@ def test_few_validation_pairs_are_all_of_them(args, folder, tmp_path):
     rows = (folder / "val.csv").read_text().splitlines()[:3]
     (tmp_path / "two.csv").write_text("\n".join(rows))
     args.val_data = str(tmp_path / "two.csv")
-    assert len(validation_pairs(args, 4)) == 2
+    assert len(list(validation_pairs(args, 4))) == 2
 
 
 def test_a_pair_that_cannot_be_shown_is_left_out_and_training_goes_on(model, args, caplog, tmp_path):

@@ -1,6 +1,7 @@
 """The hooks into open_clip_train: only for the run, only in the names listed in `hooked`."""
 
 import functools
+import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import torch
 from open_clip_train import main as open_clip_main
 from torch.nn.parallel import DistributedDataParallel
 
-from sparc_loss.integration.plugin import LossPlugin
+from sparc_loss.integration.guard import training_goes_on
+from sparc_loss.integration.plugin import Epoch, LossPlugin
 from sparc_loss.integration.versions import module_of_generation
 
 
@@ -26,7 +28,7 @@ def hooked(
     model (the second is the teacher of --distill) goes through `plugin.prepare_model`; and what brings in the loss,
     create_loss (`open_clip_3.py`) or create_task (`open_clip_4.py`).
     An open_clip with the patch from patches/ calls the plug-in itself: there, the latter two are left.
-    If the plug-in has a `before_epoch` or an `after_epoch`: train_one_epoch, by itself between these.
+    If the plug-in has a `before_epoch`, `after_epoch` or `try_after_epoch`: train_one_epoch, by itself between these.
     Replaced in torch.nn.parallel: DistributedDataParallel, by a subclass that drops `device_ids` on the CPU, where
     open_clip passes some and torch refuses them.
 
@@ -55,8 +57,8 @@ def hooked(
             open_clip_main.create_model_and_transforms, lambda model: plugin.prepare_model(model, parsed[0])
         )
         names |= of_this_generation.bringing_in_the_loss(plugin)
-    if hasattr(plugin, "before_epoch") or hasattr(plugin, "after_epoch"):
-        names["train_one_epoch"] = of_this_generation.with_epoch_calls(plugin)
+    if any(hasattr(plugin, name) for name in ("before_epoch", "after_epoch", "try_after_epoch")):
+        names["train_one_epoch"] = _with_epoch_calls(plugin, of_this_generation.of_epoch)
     with (
         patch.multiple(open_clip_main, **names),
         patch.object(torch.nn.parallel, "DistributedDataParallel", _DistributedDataParallel),
@@ -77,6 +79,31 @@ def _preparing_first_model(create: Callable[..., tuple], prepare: Callable[[Any]
         return (model, *transforms)
 
     return create_model_and_transforms
+
+
+def _with_epoch_calls(plugin: LossPlugin, of_epoch: Callable[[dict[str, Any]], Epoch]) -> Callable[..., None]:
+    """train_one_epoch between the calls of the plug-in, each where it has one. A call that fails is a warning."""
+    train_one_epoch = open_clip_main.train_one_epoch
+    signature = inspect.signature(train_one_epoch)
+    tried = False
+
+    @functools.wraps(train_one_epoch)
+    def train_between_calls(*args: Any, **kwargs: Any) -> None:
+        nonlocal tried
+        epoch = of_epoch(signature.bind(*args, **kwargs).arguments)
+        if hasattr(plugin, "try_after_epoch") and not tried:
+            tried = True
+            with training_goes_on("The plug-in's try_after_epoch"):
+                plugin.try_after_epoch(epoch.model, epoch.data, epoch.args)
+        if hasattr(plugin, "before_epoch"):
+            with training_goes_on("The plug-in's before_epoch"):
+                plugin.before_epoch(epoch.loss, epoch.done, epoch.args)
+        train_one_epoch(*args, **kwargs)
+        if hasattr(plugin, "after_epoch"):
+            with training_goes_on("The plug-in's after_epoch"):
+                plugin.after_epoch(epoch.model, epoch.data, epoch.done + 1, epoch.args, epoch.tb_writer)
+
+    return train_between_calls
 
 
 class _DistributedDataParallel(DistributedDataParallel):

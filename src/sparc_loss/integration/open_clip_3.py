@@ -1,13 +1,12 @@
-"""What of open_clip_train 3.x the hooks replace: create_loss, and train_one_epoch with its own arguments; its data."""
+"""What is particular to open_clip_train 3.x: create_loss, the arguments of train_one_epoch, its data."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from open_clip_train import main as open_clip_main
 
-from sparc_loss.integration.plugin import LossPlugin
+from sparc_loss.integration.plugin import Epoch, LossPlugin
 
 
 def bringing_in_the_loss(plugin: LossPlugin) -> dict[str, Callable[..., Any]]:
@@ -21,19 +20,6 @@ def images_and_texts(sample: tuple) -> tuple[Any, Any]:
     return images, texts
 
 
-def with_epoch_calls(plugin: LossPlugin) -> Callable[..., None]:
-    """train_one_epoch between the plug-in's `before_epoch` and `after_epoch`, each where it has one."""
-    train_one_epoch = open_clip_main.train_one_epoch
-    signature = inspect.signature(train_one_epoch)
-
-    @functools.wraps(train_one_epoch)
-    def train_between_calls(*args: Any, **kwargs: Any) -> None:
-        given = signature.bind(*args, **kwargs).arguments
-        epoch = given["epoch"]
-        if hasattr(plugin, "before_epoch"):
-            plugin.before_epoch(given["loss"], epoch, given["args"])
-        train_one_epoch(*args, **kwargs)
-        if hasattr(plugin, "after_epoch"):
-            plugin.after_epoch(given["model"], given["data"], epoch + 1, given["args"], given.get("tb_writer"))
-
-    return train_between_calls
+def of_epoch(given: dict[str, Any]) -> Epoch:
+    """The epoch that train_one_epoch is called for, from its arguments by name."""
+    return Epoch(given["loss"], given["model"], given["data"], given["epoch"], given["args"], given.get("tb_writer"))

@@ -1,11 +1,10 @@
-"""What of open_clip_train 4.x the hooks replace: create_task, and train_one_epoch with its own arguments; its data.
+"""What is particular to open_clip_train 4.x: create_task, the arguments of train_one_epoch, its data.
 
 There a task holds model and loss: it runs both, and training asks it for the terms. So the hook takes the task that
 open_clip makes of its flags and gives it the plug-in's loss.
 """
 
 import functools
-import inspect
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from open_clip.task import CoCaTask, TrainingTask
 from open_clip_train import main as open_clip_main
 from torch import Tensor
 
-from sparc_loss.integration.plugin import LossPlugin
+from sparc_loss.integration.plugin import Epoch, LossPlugin
 
 
 def bringing_in_the_loss(plugin: LossPlugin) -> dict[str, Callable[..., Any]]:
@@ -58,21 +57,7 @@ def images_and_texts(sample: dict[str, Any]) -> tuple[Any, Any]:
     return sample["image"], sample["text"]
 
 
-def with_epoch_calls(plugin: LossPlugin) -> Callable[..., None]:
-    """train_one_epoch between the plug-in's `before_epoch` and `after_epoch`, each where it has one."""
-    train_one_epoch = open_clip_main.train_one_epoch
-    signature = inspect.signature(train_one_epoch)
-
-    @functools.wraps(train_one_epoch)
-    def train_between_calls(*args: Any, **kwargs: Any) -> None:
-        given = signature.bind(*args, **kwargs).arguments
-        task, epoch = given["state"].task, given["state"].epoch
-        if hasattr(plugin, "before_epoch"):
-            plugin.before_epoch(task.loss, epoch, given["args"])
-        train_one_epoch(*args, **kwargs)
-        if hasattr(plugin, "after_epoch"):
-            plugin.after_epoch(
-                given["state"].task.trainable_module, given["data"], epoch + 1, given["args"], given.get("tb_writer")
-            )
-
-    return train_between_calls
+def of_epoch(given: dict[str, Any]) -> Epoch:
+    """The epoch that train_one_epoch is called for, from its arguments by name."""
+    task, epoch = given["state"].task, given["state"].epoch
+    return Epoch(task.loss, task.trainable_module, given["data"], epoch, given["args"], given.get("tb_writer"))

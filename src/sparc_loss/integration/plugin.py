@@ -14,7 +14,7 @@ import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -25,10 +25,17 @@ BUILT_IN = "clip"  # whatever open_clip's own create_loss makes from the other f
 class LossPlugin(Protocol):
     """What an entry point of the group `open_clip.losses` loads to.
 
-    It may also have two that the launcher calls in every process, and a patched open_clip does not:
-    `before_epoch(loss, epoch, args)`, with the loss that `create_loss` returned, when `epoch` epochs are done, those
-    before a --resume included; and `after_epoch(model, data, epoch, args, tb_writer)`, likewise, with what
-    open_clip_train's own evaluate is given, which must leave training alone.
+    It may have more, which the launcher calls in every process and a patched open_clip does not:
+
+    - `before_epoch(loss, epoch, args)`, with the loss that `create_loss` returned and the number of epochs done, those
+      before a --resume included;
+    - `after_epoch(model, data, epoch, args, tb_writer)`, with the arguments of open_clip_train's own evaluate. It must
+      leave the training unchanged;
+    - `try_after_epoch(model, data, args)`, once before the first epoch: it does the work of `after_epoch` on little
+      data and writes nothing, so that a failure shows before an epoch is spent.
+
+    If one of these three raises, a warning shows the traceback and training goes on. What they do on one process only
+    must not use collective operations.
     """
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -39,6 +46,26 @@ class LossPlugin(Protocol):
 
     def create_loss(self, args: Namespace) -> nn.Module:
         """Return the loss, called as `loss(**model_output, output_dict=True)`: a dict of weighted terms."""
+
+
+class Epoch(NamedTuple):
+    """What open_clip_train trains an epoch with.
+
+    Attributes:
+        loss: that `create_loss` returned.
+        model: wrapped and compiled as training has it.
+        data: open_clip_train's, by split.
+        done: number of epochs before this one.
+        args: open_clip_train's, with those of the plug-in.
+        tb_writer: TensorBoard's, or None.
+    """
+
+    loss: nn.Module
+    model: nn.Module
+    data: dict[str, Any]
+    done: int
+    args: Namespace
+    tb_writer: Any
 
 
 CALLABLES = ("add_arguments", "prepare_model", "create_loss")

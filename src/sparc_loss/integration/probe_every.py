@@ -1,8 +1,10 @@
-"""`--sparc-probe-every N`: whether the fine-grained loss looks at the image, while training, which it leaves alone."""
+"""`--sparc-probe-every N`: measures during training whether the fine-grained loss uses the image."""
 
+import itertools
 import json
 import logging
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from sparc_loss.integration.validation import (
     wandb_step,
 )
 
-PAIRS = 256  # the first of the validation data
+PAIRS = 256  # the first of the validation data, one caption for each image
 BATCH_SIZE = 64
 
 
@@ -32,8 +34,13 @@ def check_run(args: Namespace) -> None:
         ValueError: fewer than two validation pairs, none with captions, no launcher to call us after an epoch; --fsdp.
     """
     check_validation("--sparc-probe-every", args)
-    if args.rank == 0 and len(validation_pairs(args, 2)) < 2:
-        raise ValueError("--sparc-probe-every is set with one validation pair; expected 2 or more, to shuffle them")
+    if args.rank == 0:
+        with random_state_kept():
+            number = len(list(validation_pairs(args, 2)))
+        if number < 2:
+            raise ValueError(
+                f"--sparc-probe-every is set with {number} validation image; expected 2 or more, to shuffle them"
+            )
 
 
 def probe_validation_pairs(
@@ -54,45 +61,57 @@ def probe_validation_pairs(
     Returns:
         What was measured; None, with a warning, where no caption has a word or the embeddings are not finite.
     """
-    model = unwrapped(model)
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with random_state_kept(), torch.inference_mode():
-            measured = _measure(model.eval(), args)
+        measured = measure_validation_pairs(model, args)
     except ValueError as error:
         logging.warning(f"--sparc-probe-every: nothing is measured after epoch {epoch}: {error}")
         return None
-    finally:
-        for module, training in modes:
-            module.training = training
     _report(measured, data, epoch, args, tb_writer)
     return measured
 
 
-def _measure(model: nn.Module, args: Namespace) -> ImageDependence:
+def measure_validation_pairs(model: nn.Module, args: Namespace, number: int | None = None) -> ImageDependence:
+    """`image_dependence` of the first `number` validation images (PAIRS if None), in the precision of the training.
+
+    Modes, gradients and random states stay as they are.
+
+    Raises:
+        ValueError: no caption has a word, or the embeddings are not finite.
+    """
+    model = unwrapped(model)
     preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with random_state_kept(), torch.inference_mode():
+            model.eval()
+            # Preprocessed one by one: photographs as they are decoded would fill the memory.
+            pairs = ((preprocess(image), caption) for image, caption in validation_pairs(args, number or PAIRS))
+            return mean_image_dependence(list(_measured_by_batch(model, pairs, args)))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _measured_by_batch(
+    model: nn.Module, pairs: Iterator[tuple[Tensor, str]], args: Namespace
+) -> Iterator[ImageDependence]:
     tokenizer = open_clip.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
-    pairs = validation_pairs(args, PAIRS)
-    parameter = next(model.parameters())
-    autocast = get_autocast(args.precision, device_type=parameter.device.type)
-    batches = []
-    for start in range(0, len(pairs) - 1, BATCH_SIZE):  # a last pair alone cannot be shuffled
-        images, captions = zip(*pairs[start : start + BATCH_SIZE], strict=True)
-        pixels = torch.stack([preprocess(image) for image in images]).to(parameter.device, parameter.dtype)
+    device = next(model.parameters()).device
+    autocast = get_autocast(args.precision, device_type=device.type)
+    while len(batch := list(itertools.islice(pairs, BATCH_SIZE))) > 1:  # a last pair alone cannot be shuffled
+        pixels, captions = zip(*batch, strict=True)
+        images = torch.stack(pixels).to(device, open_clip.get_input_dtype(args.precision))
         with autocast():
-            patches, _ = model.encode_patches(pixels)
-            tokens, mask = model.encode_tokens(tokenizer(list(captions)).to(parameter.device))
-        batches.append(
-            image_dependence(
-                patches,
-                tokens,
-                mask,
-                _scale(model, args),
-                threshold=args.sparc_threshold,
-                alignment=args.sparc_alignment,
-            )
+            patches, _ = model.encode_patches(images)
+            tokens, mask = model.encode_tokens(tokenizer(list(captions)).to(device))
+        yield image_dependence(
+            patches,
+            tokens,
+            mask,
+            _scale(model, args),
+            threshold=args.sparc_threshold,
+            alignment=args.sparc_alignment,
         )
-    return mean_image_dependence(batches)
 
 
 def _scale(model: nn.Module, args: Namespace) -> Tensor | float:
@@ -113,7 +132,9 @@ def _report(measured: ImageDependence, data: dict[str, Any], epoch: int, args: N
         f"{constant.loss:.3f}"
     )
     if args.save_logs:
-        with open(Path(args.logs, args.name, "image_dependence.jsonl"), "a", encoding="utf-8") as file:
+        path = Path(args.logs, args.name, "image_dependence.jsonl")
+        path.parent.mkdir(exist_ok=True, parents=True)
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, **figures}) + "\n")
     if tb_writer is not None:
         for name, value in figures.items():

@@ -1,10 +1,10 @@
-"""`--sparc-show-every N`: pictures of what words select, while training. Nothing of the training changes by them."""
+"""`--sparc-show-every N`: draws during training what words select, and leaves the training unchanged."""
 
 import io
 import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import open_clip
@@ -20,7 +20,10 @@ from sparc_loss.integration.validation import (
     wandb_step,
 )
 
-PAIRS = 4  # the first of the validation data
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAIRS = 4  # the first of the validation data, one caption for each image
 
 
 def check_run(args: Namespace) -> None:
@@ -47,40 +50,38 @@ def show_validation_pairs(model: nn.Module, data: dict[str, Any], epoch: int, ar
         args: of open_clip_train, with ours.
         tb_writer: TensorBoard's, or None.
     """
+    figure = draw_validation_pairs(model, args)
+    if figure is not None:
+        _report(figure, data, epoch, args, tb_writer)
+
+
+def draw_validation_pairs(model: nn.Module, args: Namespace, number: int = PAIRS) -> "Figure | None":
+    """The figure of the first `number` validation images; None, with a warning for each, where none can be shown.
+
+    Modes, gradients and random states stay as they are.
+    """
     from sparc_loss.show import align, draw
 
     model = unwrapped(model)
     preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    tokenizer = open_clip.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
+    settings = {"threshold": args.sparc_threshold, "alignment": args.sparc_alignment}
     aligned = []
     with random_state_kept():
-        tokenizer = open_clip.get_tokenizer(
-            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-        )
-        for image, caption in validation_pairs(args, PAIRS):
+        for image, caption in validation_pairs(args, number):
             try:
-                pair = align(
-                    image,
-                    caption,
-                    model,
-                    preprocess,
-                    tokenizer,
-                    threshold=args.sparc_threshold,
-                    alignment=args.sparc_alignment,
-                )
+                aligned.append(align(image, caption, model, preprocess, tokenizer, **settings))
             except ValueError as error:
                 logging.warning(f"--sparc-show-every: a pair is left out: {error}")
-            else:
-                aligned.append(pair)
-        if aligned:
-            _report(draw(aligned), data, epoch, args, tb_writer)
+        return draw(aligned) if aligned else None
 
 
-def _report(figure: Any, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:
+def _report(figure: "Figure", data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     if args.save_logs:
         path = Path(args.logs, args.name, "words", f"epoch_{epoch}.png")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(file.getvalue())
         logging.info(f"What words select: {path}")
     picture = Image.open(file).convert("RGB")

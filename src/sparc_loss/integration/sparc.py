@@ -1,4 +1,4 @@
-"""Our plug-in: `--loss sparc`. The five functions are the contract of `sparc_loss.integration.plugin`."""
+"""Our plug-in: `--loss sparc`. The functions are the contract of `sparc_loss.integration.plugin`."""
 
 import logging
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
@@ -10,6 +10,7 @@ from torch import nn
 
 from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
 from sparc_loss.integration import probe_every
+from sparc_loss.integration.guard import training_goes_on
 from sparc_loss.integration.shared import (
     add_group_with_weights,
     add_scale_and_tokens,
@@ -143,11 +144,27 @@ def after_epoch(model: nn.Module, data: dict[str, Any], epoch: int, args: Namesp
     if args.rank != 0:
         return
     if args.sparc_probe_every and epoch % args.sparc_probe_every == 0:
-        probe_every.probe_validation_pairs(model, data, epoch, args, tb_writer)
+        with training_goes_on(f"--sparc-probe-every after epoch {epoch}"):
+            probe_every.probe_validation_pairs(model, data, epoch, args, tb_writer)
     if args.sparc_show_every and epoch % args.sparc_show_every == 0:
-        from sparc_loss.integration.show_every import show_validation_pairs
+        with training_goes_on(f"--sparc-show-every after epoch {epoch}"):
+            from sparc_loss.integration.show_every import show_validation_pairs
 
-        show_validation_pairs(model, data, epoch, args, tb_writer)
+            show_validation_pairs(model, data, epoch, args, tb_writer)
+
+
+def try_after_epoch(model: nn.Module, data: dict[str, Any], args: Namespace) -> None:
+    """Probe two validation images and draw one, before an epoch is spent; report nothing."""
+    if args.rank != 0:
+        return
+    if args.sparc_probe_every:
+        with training_goes_on("--sparc-probe-every, tried before training,"):
+            probe_every.measure_validation_pairs(model, args, number=2)
+    if args.sparc_show_every:
+        with training_goes_on("--sparc-show-every, tried before training,"):
+            from sparc_loss.integration.show_every import draw_validation_pairs
+
+            draw_validation_pairs(model, args, number=1)
 
 
 def _whole_number(minimum: int) -> Callable[[str], int]:

@@ -1,9 +1,10 @@
-"""What looks at validation pairs between epochs, without a trace in the training."""
+"""Validation pairs for what is measured and drawn between epochs. Nothing here changes the training."""
 
+import hashlib
 import itertools
 import random
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +40,8 @@ def check_validation(flag: str, args: Namespace) -> None:
             f"{flag} is set with --fsdp; expected it off: one process looks, and has but its part of the weights"
         )
     if args.rank == 0:
-        validation_pairs(args, 1)
+        with random_state_kept():
+            next(validation_pairs(args, 1), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -54,22 +56,42 @@ def wandb_step(data: dict[str, Any], epoch: int, args: Namespace) -> int:
     return data["train"].dataloader.num_batches // args.accum_freq * epoch
 
 
-def validation_pairs(args: Namespace, number: int) -> list[tuple[Image.Image, str]]:
-    """The first `number` pairs of `--val-data`, CSV or webdataset, as open_clip_train reads them."""
+def validation_pairs(args: Namespace, number: int) -> Iterator[tuple[Image.Image, str]]:
+    """The first `number` images of `--val-data`, each with its first caption, as open_clip_train reads them.
+
+    One image is in memory at a time, and its file is closed. An image is the same as an earlier one by its path in a
+    CSV, else by its pixels.
+    """
     one_by_one = Namespace(**{**vars(args), "workers": 0, "batch_size": 1, "variable_text": False})
-    images_and_texts = module_of_generation(open_clip.__version__).images_and_texts
     get_dataset = get_dataset_fn(args.val_data, args.dataset_type)
-    with random_state_kept():
-        if get_dataset is get_wds_dataset:  # gives batches, which are made of arrays
-            batches = get_dataset(one_by_one, np.array, is_train=False, tokenizer=_untokenized).dataloader
-            pairs = [images_and_texts(batch) for batch in itertools.islice(batches, number)]
-            return [(Image.fromarray(np.asarray(images[0])), texts[0]) for images, texts in pairs]
-        dataset = get_dataset(one_by_one, _as_it_is, is_train=False, tokenizer=_untokenized).dataloader.dataset
-        return [images_and_texts(dataset[index]) for index in range(min(number, len(dataset)))]
+    if get_dataset is get_wds_dataset:  # gives batches, which are made of arrays
+        batches = get_dataset(one_by_one, np.array, is_train=False, tokenizer=_untokenized).dataloader
+        pairs = ((Image.fromarray(np.asarray(images[0])), texts[0]) for images, texts in map(_halves, batches))
+        return itertools.islice(_of_different_pixels(pairs), number)
+    dataset = get_dataset(one_by_one, _loaded, is_train=False, tokenizer=_untokenized).dataloader.dataset
+    if hasattr(dataset, "images"):  # CsvDataset: the paths
+        first_rows = {path: row for row, path in reversed(list(enumerate(dataset.images)))}
+        return (_halves(dataset[row]) for row in sorted(first_rows.values())[:number])
+    return itertools.islice(_of_different_pixels(map(_halves, dataset)), number)
 
 
-def _as_it_is(image: Image.Image) -> Image.Image:
-    return image
+def _halves(sample: Any) -> tuple[Any, Any]:
+    return module_of_generation(open_clip.__version__).images_and_texts(sample)
+
+
+def _of_different_pixels(pairs: Iterable[tuple[Image.Image, str]]) -> Iterator[tuple[Image.Image, str]]:
+    known = set()
+    for image, caption in pairs:
+        digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
+        if digest not in known:
+            known.add(digest)
+            yield image, caption
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The image in memory; open_clip_train leaves its file open."""
+    with image:
+        return image.copy()
 
 
 def _untokenized(texts: str | list[str]) -> list[str]:
@@ -79,9 +101,11 @@ def _untokenized(texts: str | list[str]) -> list[str]:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Random numbers drawn within are not missed afterwards."""
+    """Restore the state of the random generators on exit, also after an error."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):  # nothing here draws on a GPU
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng(devices=[]):  # nothing here draws on a GPU
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -76,8 +76,9 @@ def align(
     words = read_caption(caption, tokenizer)
     pixels = preprocess(read_image(image))
     with torch.no_grad(), _ready(model, tokenizer):
-        # The first layer, a convolution in every tower, is in the precision of the input.
-        stem = next(parameter for parameter in model.visual.parameters() if parameter.ndim == 4)
+        # The first layer is in the precision of the input: a convolution, or NaFlex's linear layer.
+        layers = (module for module in model.visual.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+        stem = next(layers).weight
         images = pixels.unsqueeze(0).to(stem.device, stem.dtype)
         patch_features, grid = model.encode_patches(images)
         token_features, _ = model.encode_tokens(tokenizer([caption]).to(stem.device))
