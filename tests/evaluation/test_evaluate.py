@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+import weakref
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
@@ -55,6 +56,9 @@ class ColourModel(torch.nn.Module):
     def encode_tokens(self, texts):
         colours = torch.tensor([(*COLOURS.get(word, (0.0, 0, 0)), 0.0) for word in WORDS])
         return colours[texts], texts > 1
+
+    def forward(self, text):  # so open_clip 4 makes its zero-shot classifier
+        return None, self.encode_text(text, normalize=True)
 
     def encode_text(self, texts, normalize):
         return torch.nn.functional.normalize(self.encode_tokens(texts)[0].sum(dim=1), dim=-1)
@@ -488,3 +492,20 @@ def test_token_embeddings_of_phrases_are_summed_batch_by_batch(data):
         encoder = _Encoder(model, ColourTokenizer(), Options(batch_size=batch_size))
         assert torch.equal(encoder.token_sums(phrases, "phrases"), (features * mask.unsqueeze(-1)).sum(dim=1))
         assert model.largest == min(batch_size, len(phrases))
+
+
+def test_token_embeddings_of_phrases_are_not_kept(data):
+    class Watching(ColourModel):
+        given, most = (), 0
+
+        def encode_tokens(self, texts):
+            features, mask = super().encode_tokens(texts)
+            self.most = max(self.most, sum(each() is not None for each in self.given))
+            self.given = (*self.given, weakref.ref(features))
+            return features, mask
+
+    model = Watching()
+    objects = [NamedObject(f"a {colour}", (0, 0, 32, 40)) for colour in COLOURS]
+    evaluate(model, ColourTokenizer(), one_caption(data, "a red", *objects), Options(batch_size=1))
+    assert len(model.given) > len(objects)
+    assert model.most <= 1
