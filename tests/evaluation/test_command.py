@@ -286,8 +286,8 @@ def test_images_take_no_file_descriptor_each(folder, weights, tmp_path):
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "RuntimeError: DataLoader worker (pid"),
         ("os._exit(3)", "RuntimeError: DataLoader worker (pid"),
-        ("exec('raise MemoryError')", "MemoryError"),
-        ("exec('raise KeyError(1)')", "KeyError: 1"),
+        ("exec('raise MemoryError')", "val5.png cannot be read: MemoryError"),
+        ("exec('raise KeyError(1)')", "val5.png cannot be read: KeyError: 1"),
     ],
 )
 def test_a_worker_that_ends_is_one_line(folder, weights, tmp_path, end, reason):

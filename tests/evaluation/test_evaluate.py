@@ -444,7 +444,7 @@ def test_an_error_of_any_kind_in_reading_names_the_image(bare, monkeypatch, work
         raise MemoryError
 
     monkeypatch.setattr("sparc_loss.evaluation.evaluate.image_transform_v2", lambda *_, **__: fail)
-    with pytest.raises(DataError, match=r"^\S*\d\.png cannot be preprocessed: MemoryError"):
+    with pytest.raises(DataError, match=r"^\S*\d\.png cannot be read: MemoryError"):
         evaluate(ColourModel(), ColourTokenizer(), bare, Options(workers=workers))
     assert multiprocessing.active_children() == []
 

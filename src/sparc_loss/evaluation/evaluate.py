@@ -440,12 +440,14 @@ class _Images(Dataset):
             return _unreadable(error)
 
     def _read(self, path: Path) -> tuple[Tensor | None, Tensor, tuple[int, int]]:
-        image = read_image(path)
         try:
+            image = read_image(path)
             own = None if self.preprocess is None else self.preprocess(image)
             return own, self.squash(image), (image.height, image.width)
+        except DataError:
+            raise
         except Exception as error:
-            raise DataError(f"{path} cannot be preprocessed: {type(error).__name__}: {error}") from error
+            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _image_batches(model: nn.Module, data: EvaluationData, options: Options) -> Iterable[_Batch]:
@@ -468,7 +470,7 @@ def _image_batches(model: nn.Module, data: EvaluationData, options: Options) -> 
                 raise batch
             yield batch
     except Exception as error:
-        death = _end_workers(batches) if batches and options.workers else None
+        death = _end_workers(batches) if batches is not None and options.workers else None
         if isinstance(error, DataError):
             raise
         raise _unreadable(death or error) from error
