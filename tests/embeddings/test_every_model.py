@@ -17,6 +17,7 @@ from torch import nn
 from transformers import M2M100Config, ModernBertConfig, MT5Config, RobertaConfig, XLMRobertaConfig
 
 from sparc_loss import restore, surface_embeddings
+from sparc_loss.embeddings.vision import patch_size
 
 # What the hub would answer, as wide as open_clip reckons with, but one layer and a small vocabulary: transformers
 # reads values off the attention mask, which the meta device has none of, so these text towers run on the CPU.
@@ -64,7 +65,10 @@ def test_every_model_surfaces_its_patches_and_tokens(name: str) -> None:
     patches, grid = model.encode_patches(images)
     tokens, mask = model.encode_tokens(texts)
 
-    assert grid == (height // stride(model.visual), width // stride(model.visual))
+    side = stride(model.visual)
+    assert grid == (height // side, width // side)
+    # Also where that leaves pixels out: a patch of 14 at 384 pixels.
+    assert patch_size(model.visual, (height, width), grid) == (side, side)
     assert patches.shape == (2, grid[0] * grid[1], config["embed_dim"])
     assert tokens.shape == (*texts.shape, config["embed_dim"])
     assert mask.shape == texts.shape

@@ -1,5 +1,7 @@
 """Patch embeddings: each is what the pooled feature would be of an image of that one patch."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -9,12 +11,13 @@ from hypothesis import strategies as st
 from open_clip import CLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
-from tiny_models import EMBED_DIM, GRIDS, TRANSFORMER, VISION, VIT, ToyTokenizer, clip, images_for
+from open_clip.utils import to_2tuple
+from tiny_models import EMBED_DIM, GRIDS, SHRUNKEN, TRANSFORMER, VISION, VIT, ToyTokenizer, clip, images_for
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sparc_loss import surface_embeddings
-from sparc_loss.embeddings.vision import forward_with_patches
+from sparc_loss.embeddings.vision import forward_with_patches, patch_extent, patch_size
 
 
 @pytest.fixture(params=VISION)
@@ -161,3 +164,30 @@ def test_the_grid_follows_the_image_where_positions_are_resampled() -> None:
     patches, grid = model.encode_patches(torch.randn(1, 3, 64, 96))
     assert grid == (4, 6)
     assert patches.shape[1] == 24
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_a_patch_keeps_its_size_where_the_image_is_no_multiple_of_it(
+    vision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = VISION[vision]
+    height, width = to_2tuple(config["image_size"])
+    rows, columns = GRIDS.get(vision, (2, 3))
+    expected = height // rows, width // columns
+    size = (144, 144) if vision == "ModifiedResNet" else (height + 3, width + 5)
+    monkeypatch.setitem(VISION, vision, {**config, "image_size": 144 if vision == "ModifiedResNet" else size})
+    shrunken = SHRUNKEN.get(config.get("timm_model_name"), {})
+    if "img_size" in shrunken:
+        monkeypatch.setitem(SHRUNKEN, config["timm_model_name"], {**shrunken, "img_size": size})
+    model = surface_embeddings(clip(vision), ToyTokenizer()).eval()
+    grid = model.encode_patches(torch.randn(1, 3, *size))[1]
+    assert any(patches * side != pixels for patches, side, pixels in zip(grid, expected, size, strict=True))
+    assert patch_size(model.visual, size, grid) == expected
+    extent = patch_extent(model.visual, size, grid)
+    assert extent == (grid[0] * expected[0] / size[0], grid[1] * expected[1] / size[1])
+
+
+def test_a_tower_that_says_nothing_of_its_patches_divides_the_image_evenly() -> None:
+    unknown = SimpleNamespace()
+    assert patch_size(unknown, (10, 21), (4, 6)) == (2.5, 3.5)
+    assert patch_extent(unknown, (10, 21), (4, 6)) == (1, 1)

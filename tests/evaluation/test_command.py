@@ -266,6 +266,48 @@ def test_flags_that_make_no_sense_are_refused(folder, weights, capsys, flag, val
     assert message in refusal(capsys, *flags(folder, **{flag: value}))
 
 
+FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+
+
+def test_images_take_no_file_descriptor_each(folder, weights, tmp_path):
+    lines = ["filepath,title"]
+    for number in range(520):
+        Image.new("RGB", (4, 4), (number % 256, number // 256, 0)).save(tmp_path / f"{number}.png")
+        lines.append(f"{tmp_path / f'{number}.png'},a scene")
+    (tmp_path / "many.csv").write_text("\n".join(lines))
+    options = {"batch-size": 256, "workers": 4, "output": tmp_path / "out.json"}
+    finished = run_python("-c", FEW_FILES + SCRIPT, "evaluate", *flags(folder, tmp_path / "many.csv", **options))
+    assert finished.returncode == 0, finished.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["images"] == 520
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "RuntimeError: DataLoader worker (pid"),
+        ("os._exit(3)", "RuntimeError: DataLoader worker (pid"),
+        ("exec('raise MemoryError')", "val5.png cannot be read: MemoryError"),
+        ("exec('raise KeyError(1)')", "val5.png cannot be read: KeyError: 1"),
+    ],
+)
+def test_a_worker_that_ends_is_one_line(folder, weights, tmp_path, end, reason):
+    # Where a child were left behind, the run would not be over: it holds its output open.
+    script = f"""
+import os, signal
+import sparc_loss.evaluation.evaluate as module
+read = module.read_image
+module.read_image = lambda path: {end} if path.name == "val5.png" else read(path)
+"""
+    options = {"workers": 2, "batch-size": 2, "output": tmp_path / "out.json"}
+    finished = run_python("-c", script + SCRIPT, "evaluate", *flags(folder, **options))
+    assert finished.returncode == 2, finished.stdout
+    line = finished.stdout.splitlines()[-1]
+    assert line.startswith("sparc-loss evaluate: error: ")
+    assert reason in line
+    assert "Traceback" not in finished.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("prompt", ["a photo", "a {} or {}", "a {name}", "a {"])
 def test_a_prompt_without_its_one_place_for_the_class_is_refused(folder, capsys, tmp_path, prompt):
     (tmp_path / "templates.txt").write_text(f"{prompt}\n")

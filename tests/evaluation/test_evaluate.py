@@ -1,5 +1,9 @@
 """Every measure of a data set, of a model that sees colours and nothing else: what it scores is known beforehand."""
 
+import multiprocessing
+import time
+import weakref
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +13,7 @@ from einops import reduce
 from PIL import Image
 
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, NamedObject
-from sparc_loss.evaluation.evaluate import Options, evaluate
+from sparc_loss.evaluation.evaluate import Options, _Encoder, _image_batches, evaluate
 from sparc_loss.functional import fine_grained_loss
 
 WORDS = ("<start>", "<end>", "a", "red", "green", "blue", "yellow", "and")
@@ -52,6 +56,9 @@ class ColourModel(torch.nn.Module):
     def encode_tokens(self, texts):
         colours = torch.tensor([(*COLOURS.get(word, (0.0, 0, 0)), 0.0) for word in WORDS])
         return colours[texts], texts > 1
+
+    def forward(self, text):  # so open_clip 4 makes its zero-shot classifier
+        return None, self.encode_text(text, normalize=True)
 
     def encode_text(self, texts, normalize):
         return torch.nn.functional.normalize(self.encode_tokens(texts)[0].sum(dim=1), dim=-1)
@@ -246,10 +253,15 @@ def test_batches_do_not_show(data, measured):
     assert dependence is None  # no batch has a second image
 
 
-def test_images_and_captions_alone_allow_retrieval_faithfulness_and_the_probe(data):
-    bare = EvaluationData(
+@pytest.fixture
+def bare(data):
+    """The images and captions alone."""
+    return EvaluationData(
         [], data.images, data.captions, data.image_index, [()] * 4, [None] * 4, [None] * 2, [None] * 2
     )
+
+
+def test_images_and_captions_alone_allow_retrieval_faithfulness_and_the_probe(bare):
     measures, dependence = evaluate(ColourModel(), ColourTokenizer(), bare)
     assert [each.name for each in measures] == ["image_to_text_R@1", "text_to_image_R@1", "k_precision"]
     assert dependence is not None
@@ -312,3 +324,188 @@ def test_an_image_that_cannot_be_read_is_refused_by_name(data, tmp_path, workers
     bare = EvaluationData([], [broken], ["a red"], [0], [()], [None], [None], [None])
     with pytest.raises(DataError, match=r"^\S*broken\.png cannot be read as an image"):
         evaluate(ColourModel(), ColourTokenizer(), bare, Options(workers=workers))
+
+
+class OddModel(ColourModel):
+    """Patches of 8 pixels of an image of 30: the grid leaves out the last 6."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = SimpleNamespace(
+            preprocess_cfg={**self.visual.preprocess_cfg, "size": 30, "resize_mode": "squash"}, patch_size=8
+        )
+
+    def encode_patches(self, images):
+        colours = reduce(images[..., :24, :24], "b c (h i) (w j) -> b (h w) c", "mean", i=8, j=8)
+        return _with_black(colours), (3, 3)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 16), (8, 8), (16, 8), (16, 16)])
+def test_boxes_and_masks_lie_on_the_patches_that_show_them_where_the_image_is_no_multiple_of_the_patch(
+    tmp_path, corner
+):
+    top, left = corner
+    pixels, mask = np.zeros((60, 30, 3), np.uint8), np.zeros((60, 30), np.uint8)
+    # The image is squashed to half its height. The red is all that one patch shows, and nothing that another does.
+    pixels[2 * top : 2 * top + 16, left : left + 8] = 255 * np.array(COLOURS["red"])
+    mask[2 * top : 2 * top + 16, left : left + 8] = 1
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    box = NamedObject("a red", (left + 2, 2 * top + 4, left + 6, 2 * top + 12), (1,))
+    data = EvaluationData(
+        ["red"], [tmp_path / "image.png"], ["a red"], [0], [(box,)], [None], [tmp_path / "mask.png"], [None]
+    )
+    options = Options(templates=["a {}"], background_threshold=0.5)
+    measures, _ = evaluate(OddModel(), ColourTokenizer(), data, options)
+    figures = {each.name: each for each in measures}
+    for name in ("phrase_pointing", "phrase_tokens_pointing", "word_pointing"):
+        assert figures[name][1:] == (1, pytest.approx(1 / 9), 1, 1)
+    # Pixels beyond the grid have the label of the nearest patch: the outermost ones are 14 pixels long.
+    drawn = (14 if top == 16 else 8) * (14 if left == 16 else 8)
+    ceiling = (64 / drawn + (900 - drawn) / (900 - 64)) / 2 if drawn < 2 * 64 else (900 - 64) / 900 / 2
+    assert figures["mean_iou_with_background"].ceiling == pytest.approx(ceiling)
+    if corner == (8, 8):
+        # (1 - y)(1 - x) > 1/2 at the distances y and x from the centre, in patches: 2 (1 - log 2) of a patch.
+        drawn = 64 * 2 * (1 - np.log(2))
+        value = (drawn / 64 + (900 - 64) / (900 - drawn)) / 2
+        assert figures["mean_iou_with_background"].value == pytest.approx(value, abs=0.03)
+
+
+def test_words_point_by_the_losss_product_not_by_cosine(data):
+    class Bright(ColourModel):
+        """The patches of red are longer than those of the word's very direction."""
+
+        def encode_patches(self, images):
+            patches, grid = super().encode_patches(images)
+            return torch.where(patches[..., :1] == 1, torch.tensor([3.0, 0, 4, 0]), patches), grid
+
+    # Red's patches have the product 4 with blue and the cosine 0.8, blue's have 1 of both.
+    red, blue = (NamedObject("a blue", (left, 0, left + 32, 40), (1,)) for left in (0, 64))
+    assert pointing(one_caption(data, "a blue", red), Bright())["word_pointing"][0] == 1
+    assert pointing(one_caption(data, "a blue", red), Bright())["phrase_pointing"][0] == 0
+    assert pointing(one_caption(data, "a blue", blue), Bright())["word_pointing"][0] == 0
+
+
+def alike(folder, count, classes=()):
+    """`count` images of one colour, a caption each, of the first class."""
+    data = EvaluationData(list(classes))
+    for number in range(count):
+        Image.new("RGB", (24, 24), (255, 0, 0)).save(folder / f"{number}.png")
+        data.images.append(folder / f"{number}.png")
+        data.captions.append("a red")
+        data.image_index.append(number)
+        data.objects.append(())
+        for field in (data.hard_negatives, data.masks):
+            field.append(None)
+        data.labels.append(0 if classes else None)
+    return data
+
+
+@pytest.mark.parametrize(("images", "ranks"), [(4, [1]), (5, [1, 5]), (9, [1, 5]), (10, [1, 5, 10])])
+def test_recall_at_k_is_measured_from_k_images_on(tmp_path, images, ranks):
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), alike(tmp_path, images))
+    for way in ("image_to_text", "text_to_image"):
+        assert [each.name for each in measures if way in each.name] == [f"{way}_R@{k}" for k in ranks]
+    # All tie with all: nothing is found, unless all are.
+    assert [each.value for each in measures if "R@" in each.name] == [float(k == images) for k in ranks] * 2
+    assert [each.chance for each in measures if "R@" in each.name] == pytest.approx([k / images for k in ranks] * 2)
+
+
+@pytest.mark.parametrize(("classes", "ranks"), [(4, [1]), (5, [1, 5]), (6, [1, 5])])
+def test_top_k_is_measured_from_k_classes_on(tmp_path, classes, ranks):
+    names = ["red", "green", "blue", "yellow", "red and red", "green and blue"][:classes]
+    data = alike(tmp_path, 1, names)
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), data, Options(templates=["{}"]))
+    top = {each.name: each.chance for each in measures if "zero_shot" in each.name}
+    assert top == {f"zero_shot_top{k}": pytest.approx(k / classes) for k in ranks}
+
+
+def test_a_batch_is_sent_in_two_tensors_or_in_one_where_both_readings_are_the_same(data):
+    for model, tensors in ((ColourModel(), 2), (OddModel(), 1)):
+        (batch,) = _image_batches(model, data, Options())
+        assert batch.images.shape == batch.whole.shape == (2, 3, *[model.visual.preprocess_cfg["size"]] * 2)
+        assert len({id(batch.images), id(batch.whole)}) == tensors
+        assert sorted(batch.indices) == [0, 1]
+        assert batch.sizes == ((48, 96), (48, 96))
+
+
+def test_workers_do_not_show(data, measured):
+    options = Options(
+        templates=["a {}", "{}"], background_threshold=0.5, nouns_and_adjectives=set(COLOURS), batch_size=2, workers=2
+    )
+    measures, dependence = evaluate(ColourModel(), ColourTokenizer(), data, options)
+    assert {each.name: each for each in measures} == measured[0]
+    assert dependence == measured[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_any_kind_in_reading_names_the_image(bare, monkeypatch, workers):
+    def fail(image):
+        raise MemoryError
+
+    monkeypatch.setattr("sparc_loss.evaluation.evaluate.image_transform_v2", lambda *_, **__: fail)
+    with pytest.raises(DataError, match=r"^\S*\d\.png cannot be read: MemoryError"):
+        evaluate(ColourModel(), ColourTokenizer(), bare, Options(workers=workers))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_wait(bare, monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("unable to open shared memory object: Too many open files (24)")
+
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, refuse)
+    with pytest.raises(DataError, match=r"^the images cannot be read: RuntimeError: .* Too many open files"):
+        evaluate(ColourModel(), ColourTokenizer(), bare, Options(workers=1))
+
+
+def test_a_worker_that_dies_while_the_model_runs_is_one_error(bare):
+    class Deadly(ColourModel):
+        def encode_image(self, images, normalize):
+            multiprocessing.active_children()[0].kill()
+            time.sleep(60)  # ends with the signal that a child has died
+
+    with pytest.raises(DataError, match=r"^the images cannot be read: RuntimeError: DataLoader worker .* Killed"):
+        evaluate(Deadly(), ColourTokenizer(), bare, Options(workers=1, batch_size=1))
+
+
+def test_errors_of_the_model_are_its_own(bare):
+    class Broken(ColourModel):
+        def encode_image(self, images, normalize):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(Broken(), ColourTokenizer(), bare, Options(workers=1))
+
+
+def test_token_embeddings_of_phrases_are_summed_batch_by_batch(data):
+    class Counting(ColourModel):
+        largest = 0
+
+        def encode_tokens(self, texts):
+            self.largest = max(self.largest, len(texts))
+            return super().encode_tokens(texts)
+
+    phrases = [f"{one} and {two}" for one in COLOURS for two in COLOURS]
+    features, mask = ColourModel().encode_tokens(ColourTokenizer()(phrases))
+    for batch_size in (1, 3, 64):
+        model = Counting()
+        encoder = _Encoder(model, ColourTokenizer(), Options(batch_size=batch_size))
+        assert torch.equal(encoder.token_sums(phrases, "phrases"), (features * mask.unsqueeze(-1)).sum(dim=1))
+        assert model.largest == min(batch_size, len(phrases))
+
+
+def test_token_embeddings_of_phrases_are_not_kept(data):
+    class Watching(ColourModel):
+        given, most = (), 0
+
+        def encode_tokens(self, texts):
+            features, mask = super().encode_tokens(texts)
+            self.most = max(self.most, sum(each() is not None for each in self.given))
+            self.given = (*self.given, weakref.ref(features))
+            return features, mask
+
+    model = Watching()
+    objects = [NamedObject(f"a {colour}", (0, 0, 32, 40)) for colour in COLOURS]
+    evaluate(model, ColourTokenizer(), one_caption(data, "a red", *objects), Options(batch_size=1))
+    assert len(model.given) > len(objects)
+    assert model.most <= 1

@@ -58,6 +58,19 @@ def test_chunks_do_not_show(monkeypatch):
     assert recall_at_k(images, images + texts) == whole
 
 
+# 2 queries at a time, then 1, though that is more than allowed.
+@pytest.mark.parametrize(("similarities", "queries"), [(60, 2), (5, 1)])
+def test_the_similarities_in_memory_do_not_grow_with_the_candidates(monkeypatch, similarities, queries):
+    images, texts = torch.randn(30, 8), torch.randn(30, 8)
+    expected = recall_at_k(images, texts, 3), nearest_captions(images, texts)
+    sizes, matmul = [], torch.Tensor.__matmul__
+    monkeypatch.setattr("sparc_loss.evaluation.retrieval._SIMILARITIES", similarities)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: sizes.append(len(a)) or matmul(a, b))
+    assert recall_at_k(images, texts, 3) == expected[0]
+    assert torch.equal(nearest_captions(images, texts), expected[1])
+    assert max(sizes) == queries
+
+
 def test_random_features_score_chance():
     recall = recall_at_k(torch.randn(2000, 32), torch.randn(2000, 32), k=400)
     assert recall == pytest.approx((recall_chance(2000, 400),) * 2, abs=0.04)

@@ -21,7 +21,7 @@ from examples.digit_scenes.measures import (
     measures_table,
 )
 from examples.digit_scenes.scenes import COLOURS, KINDS, generate_scene
-from sparc_loss.evaluation import image_dependence
+from sparc_loss.evaluation import BACKGROUND, image_dependence, intersection_and_union, mean_iou, segment
 
 LOSSES = {name for name in MEASURES if name.endswith("_loss")}
 GRID = (8, 8)
@@ -148,6 +148,31 @@ def test_only_phrases_of_the_scene_are_segmented(knowing, scenes):
     phrases[absent] = 1.0  # resembles every patch of no object most
     with_absent = _mean_iou_by_threshold(replace(known, phrase_features=phrases), one, [0.3])
     assert with_absent == _mean_iou_by_threshold(known, one, [0.3])
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_what_is_less_similar_than_the_threshold_is_background(knowing, scenes, threshold):
+    totals = 0
+    for patches, labels, objects in zip(knowing.patch_features, scenes.labels, scenes.objects, strict=True):
+        present = [knowing.phrases.index(each.phrase) for each in objects]
+        predicted, _ = segment(
+            patches, knowing.phrase_features, GRID, (64, 64), present=present, background_threshold=threshold
+        )
+        target = torch.tensor([BACKGROUND, *present])[torch.from_numpy(labels.astype(np.int64))]
+        totals = totals + torch.stack(intersection_and_union(predicted, target, len(knowing.phrases)))
+    expected = mean_iou(*totals, background=True)
+    assert measure(knowing, scenes, threshold)["mean_iou"] == pytest.approx(expected)
+    # A model that knows where the objects are draws most of them; the other way round it would draw none.
+    assert expected > 0.3
+
+
+def test_words_point_by_the_losss_product_not_by_cosine(knowing, scenes):
+    # Patches of no object are as similar to every word, and longer: by cosine they would be the least similar.
+    patches = knowing.patch_features.clone()
+    patches[patches.norm(dim=-1) == 0] = 100.0
+    figures = measure(replace(knowing, patch_features=patches), scenes, 0.5)
+    assert figures["colour_word_pointing"] == figures["kind_word_pointing"] == 0
+    assert figures["phrase_pointing"] == pytest.approx(levels(knowing, scenes)["phrase_pointing"].ceiling)
 
 
 def test_chance_of_segmentation_is_any_label_of_the_scene_or_background(knowing, scenes):

@@ -6,13 +6,15 @@ open_clip/transformer.py, open_clip/modified_resnet.py or open_clip/timm_model.p
 itself returns to it bit for bit.
 """
 
+import math
 from typing import Any
 
 from einops import rearrange
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from timm.layers import AttentionPoolLatent
+from open_clip.utils import to_2tuple
+from timm.layers import AttentionPoolLatent, HybridEmbed
 from timm.models import ConvNeXt, Eva, FastVit, SwinTransformer, VisionTransformerRelPos
 from timm.models import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
@@ -52,6 +54,39 @@ def forward_with_patches(visual: nn.Module, images: Images) -> Passed:
     if isinstance(visual.trunk, SEQUENCE_TRUNKS):
         return *_timm_sequence(visual, images), None
     return *_timm_map(visual, images), None
+
+
+def patch_size(visual: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
+    """Height and width of a patch in pixels of the tower's input; the grid of patches starts at the top left corner.
+
+    Where the image is no multiple of the patch, a tower leaves the pixels at the right and at the bottom out (a ViT),
+    or its last patches reach beyond them (a FastViT, which pads).
+
+    Args:
+        visual: the tower. One that is none of open_clip's and has no `patch_size` divides its input evenly.
+        size: height and width of the input in pixels.
+        grid: height and width of the grid, as `encode_patches` returns it.
+    """
+    trunk = getattr(visual, "trunk", visual)
+    embedding = getattr(trunk, "patch_embed", getattr(trunk, "embeds", trunk))
+    evenly = size[0] / grid[0], size[1] / grid[1]
+    if isinstance(visual, ModifiedResNet):
+        return 32, 32
+    if isinstance(trunk, MAP_TRUNKS):
+        return to_2tuple(trunk.feature_info[-1]["reduction"])
+    if isinstance(embedding, HybridEmbed):
+        # Its convolutions halve the image a few times; timm only divides the image's size by the grid's.
+        return tuple(2 ** round(math.log2(side)) for side in evenly)
+    return to_2tuple(getattr(embedding, "patch_size", None) or evenly)
+
+
+def patch_extent(visual: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
+    """The share of an image's height and width that the grid of patches covers, from the top left corner.
+
+    Above 1 where the last patches reach beyond the image. Arguments as in `patch_size`.
+    """
+    sides = zip(grid, patch_size(visual, size, grid), size, strict=True)
+    return tuple(patches * patch / pixels for patches, patch, pixels in sides)
 
 
 def check_vision_tower(visual: nn.Module) -> None:

@@ -4,9 +4,11 @@ Pooled features see what the model's own preprocessing shows, which may cut the 
 image, squashed to the model's size: else boxes and masks would not lie where the grid of patches is.
 """
 
+import multiprocessing.queues
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from sparc_loss.embeddings.vision import patch_extent
 from sparc_loss.evaluation.classification import top_k_accuracy
 from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, read_image, read_mask
 from sparc_loss.evaluation.faithfulness import k_precision
 from sparc_loss.evaluation.hard_negatives import HARD_NEGATIVE_CHANCE, hard_negative_accuracy
 from sparc_loss.evaluation.image_dependence import ImageDependence, image_dependence, mean_image_dependence
-from sparc_loss.evaluation.pointing import PointingGame, box_masks, pointing_game
+from sparc_loss.evaluation.pointing import box_masks, pointing_game
 from sparc_loss.evaluation.retrieval import nearest_captions, recall_at_k, recall_chance
 from sparc_loss.evaluation.segmentation import (
     BACKGROUND,
@@ -103,16 +106,25 @@ def evaluate(
         None where there is no other.
 
     Raises:
-        DataError: an image or mask that cannot be read, a box outside its image.
+        DataError: an image or mask that cannot be read, a box outside its image, a worker that ended or could not
+            send what it read.
     """
     options = options or Options()
     encoder = _Encoder(model.eval(), tokenizer, options)
     text_features = encoder.texts(data.captions, "captions")
     dense = _Dense(encoder, data, options)
     image_features = text_features.new_empty(len(data.images), text_features.shape[1])
-    for batch, images, whole, sizes in _image_batches(model, data, options):
-        image_features[list(batch)] = encoder.pooled(images)
-        dense.add(batch, *encoder.patches(whole), sizes)
+    try:
+        for batch in _image_batches(model, data, options):
+            image_features[batch.indices] = encoder.pooled(batch.images)
+            patches, grid = encoder.patches(batch.whole)
+            extent = patch_extent(model.visual, tuple(batch.whole.shape[-2:]), grid)
+            dense.add(batch.indices, patches, grid, extent, batch.sizes)
+    except RuntimeError as error:
+        # PyTorch raises it wherever this process is when a worker dies.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise _unreadable(error) from error
     measures = [
         *_retrieval(image_features, text_features, data),
         *_faithfulness(image_features, text_features, data, options),
@@ -134,10 +146,18 @@ class _Encoder:
         """Pooled, normalised: [M, D]."""
         return torch.cat([self._run(self.model.encode_text, ids, normalize=True) for ids in self._ids(texts, name)])
 
-    def tokens(self, texts: Sequence[str], name: str | None = None) -> tuple[Tensor, Tensor]:
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token embeddings [M, L, D] and mask [M, L]."""
-        encoded = [self._run(self.model.encode_tokens, ids) for ids in self._ids(texts, name)]
+        encoded = [self._run(self.model.encode_tokens, ids) for ids in self._ids(texts)]
         return tuple(torch.cat(parts) for parts in zip(*encoded, strict=True))
+
+    def token_sums(self, texts: Sequence[str], name: str) -> Tensor:
+        """The sum of the token embeddings that count, [M, D]; those of all texts are never in memory together."""
+        sums = []
+        for ids in self._ids(texts, name):
+            features, mask = self._run(self.model.encode_tokens, ids)
+            sums.append((features * mask.unsqueeze(-1)).sum(dim=1))
+        return torch.cat(sums)
 
     def pooled(self, images: Tensor) -> Tensor:
         return self._run(self.model.encode_image, images.to(self.options.input_dtype), normalize=True)
@@ -159,7 +179,7 @@ class _Encoder:
             )
         return weights.T.float().cpu()
 
-    def _ids(self, texts: Sequence[str], name: str | None) -> Iterable[Tensor]:
+    def _ids(self, texts: Sequence[str], name: str | None = None) -> Iterable[Tensor]:
         starts = range(0, len(texts), self.options.batch_size)
         for start in tqdm(starts, desc=name, unit="batch", disable=name is None):
             yield self.tokenizer(list(texts[start : start + self.options.batch_size]))
@@ -187,15 +207,20 @@ class _Dense:
         self.phrases = {phrase: index for index, phrase in enumerate(phrases)}
         if phrases:
             self.phrase_features = encoder.texts(phrases, "phrases")
-            features, mask = encoder.tokens(phrases, "phrases, tokens")
-            self.phrase_token_features = (features * mask.unsqueeze(-1)).sum(dim=1)  # a mean but for the length
-        self.games: dict[str, list[PointingGame]] = {"phrase": [], "phrase_tokens": [], "word": []}
+            self.phrase_token_features = encoder.token_sums(phrases, "phrases, tokens")  # a mean but for the length
+        # As numbers: a tensor takes a hundred times the memory of what it says here.
+        self.games: dict[str, list[tuple[float, float, float]]] = {"phrase": [], "phrase_tokens": [], "word": []}
         self.totals: dict[tuple[str, str], Tensor] = {}
 
     def add(
-        self, batch: Sequence[int], patches: Tensor, grid: tuple[int, int], sizes: Sequence[tuple[int, int]]
+        self,
+        batch: Sequence[int],
+        patches: Tensor,
+        grid: tuple[int, int],
+        extent: tuple[float, float],
+        sizes: Sequence[tuple[int, int]],
     ) -> None:
-        """Take in the images `batch`, with their patches [B, P, D] and sizes in pixels."""
+        """Take in the images `batch`, with their patches [B, P, D], what these cover, and sizes in pixels."""
         captions = [caption for image in batch for caption in self.captions_of[image]]
         features, mask = self.encoder.tokens([self.data.captions[caption] for caption in captions])
         rows = {caption: row for row, caption in enumerate(captions)}
@@ -213,15 +238,16 @@ class _Dense:
             )
         for image, image_patches, size in zip(batch, patches, sizes, strict=True):
             for caption in self.captions_of[image]:
-                self._point(caption, features[rows[caption]], image_patches, grid, size)
+                self._point(caption, features[rows[caption]], image_patches, grid, extent, size)
             if self.data.masks[image] is not None:
-                self._segment(read_mask(self.data.masks[image], size, len(self.data.classes)), image_patches, grid)
+                target = read_mask(self.data.masks[image], size, len(self.data.classes))
+                self._segment(target, image_patches, grid, extent)
 
     def pointing(self) -> list[Measure]:
         return [
             Measure(
                 f"{name}_pointing",
-                *(torch.cat(values).float().mean().item() for values in zip(*games, strict=True)),
+                *(torch.tensor(values).float().mean().item() for values in zip(*games, strict=True)),
                 count=len(games),
             )
             for name, games in self.games.items()
@@ -241,7 +267,13 @@ class _Dense:
         return measures
 
     def _point(
-        self, caption: int, token_features: Tensor, patches: Tensor, grid: tuple[int, int], size: tuple[int, int]
+        self,
+        caption: int,
+        token_features: Tensor,
+        patches: Tensor,
+        grid: tuple[int, int],
+        extent: tuple[float, float],
+        size: tuple[int, int],
     ) -> None:
         objects = self.data.objects[caption]
         if not objects:
@@ -264,20 +296,28 @@ class _Dense:
         for phrase, mask in of_phrases.items():
             index = self.phrases[phrase]
             for name, features in (("phrase", self.phrase_features), ("phrase_tokens", self.phrase_token_features)):
-                self.games[name].append(pointing_game((unit @ features[index])[None], grid, mask))
+                self._play(name, unit @ features[index], grid, extent, mask)
         positions = word_positions(self.encoder.tokenizer, self.data.captions[caption]) if of_words else []
         for word, mask in of_words.items():
             if positions[word]:
                 embedding = token_features[positions[word]].mean(dim=0)
-                similarity = token_patch_similarity(embedding[None, None], patches[None])[0]
-                self.games["word"].append(pointing_game(similarity, grid, mask))
+                similarity = token_patch_similarity(embedding[None, None], patches[None])[0, 0]
+                self._play("word", similarity, grid, extent, mask)
 
-    def _segment(self, target: Tensor, patches: Tensor, grid: tuple[int, int]) -> None:
+    def _play(
+        self, name: str, similarity: Tensor, grid: tuple[int, int], extent: tuple[float, float], mask: Tensor
+    ) -> None:
+        game = pointing_game(similarity[None], grid, mask, extent)
+        self.games[name].append(tuple(value.item() for value in game))
+
+    def _segment(self, target: Tensor, patches: Tensor, grid: tuple[int, int], extent: tuple[float, float]) -> None:
         count = len(self.data.classes)
         present = [label for label in target.unique().tolist() if label not in (BACKGROUND, IGNORED)]
         if not present:
             return
-        labels, scores = segment(patches, self.class_features, grid, tuple(target.shape), present=present)
+        labels, scores = segment(
+            patches, self.class_features, grid, tuple(target.shape), present=present, extent=extent
+        )
         variants = {"mean_iou_of_objects": (labels, False), "mean_iou": (labels, False)}
         if self.options.background_threshold is not None:
             with_background = labels.masked_fill(scores < self.options.background_threshold, BACKGROUND)
@@ -285,7 +325,7 @@ class _Dense:
         kept = target != IGNORED
         for name, (predicted, background) in variants.items():
             ignore = BACKGROUND if name == "mean_iou_of_objects" else None
-            best = majority_segmentation(target, grid, count, background=background, ignore=IGNORED)
+            best = majority_segmentation(target, grid, count, background=background, ignore=IGNORED, extent=extent)
             totals = {
                 "value": intersection_and_union(predicted[kept], target[kept], count, ignore),
                 "chance": random_intersection_and_union(
@@ -362,39 +402,106 @@ def _classification(image_features: Tensor, class_features: Tensor | None, data:
     ]
 
 
+class _Batch(NamedTuple):
+    """Images as a worker sends them: in two tensors, for each that is sent takes a file descriptor.
+
+    Attributes:
+        indices: of the B images.
+        images: [B, 3, H, W], as the model's own preprocessing shows them.
+        whole: [B, 3, H, W], squashed; the same tensor where the model's own preprocessing squashes.
+        sizes: height and width of the files' images.
+    """
+
+    indices: list[int]
+    images: Tensor
+    whole: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+
 class _Images(Dataset):
+    """Batches of images by their indices. What goes wrong is returned: raised, it would bring a worker's traceback."""
+
     def __init__(self, model: nn.Module, data: EvaluationData) -> None:
         config = model.visual.preprocess_cfg
         self.paths = data.images
-        self.preprocess = image_transform_v2(PreprocessCfg(**config), is_train=False)
         self.squash = image_transform_v2(PreprocessCfg(**{**config, "resize_mode": "squash"}), is_train=False)
+        self.preprocess = None  # the same
+        if config.get("resize_mode") != "squash":
+            self.preprocess = image_transform_v2(PreprocessCfg(**config), is_train=False)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, tuple[int, int]] | DataError:
+    def __getitem__(self, indices: list[int]) -> _Batch | DataError:
         try:
-            image = read_image(self.paths[index])
+            images, whole, sizes = zip(*[self._read(self.paths[index]) for index in indices], strict=True)
+            squashed = torch.stack(whole)
+            return _Batch(indices, squashed if self.preprocess is None else torch.stack(images), squashed, sizes)
         except DataError as error:
-            return error  # raised in a worker, it would come out with the worker's traceback for a message
-        return index, self.preprocess(image), self.squash(image), (image.height, image.width)
+            return error
+        except Exception as error:
+            return _unreadable(error)
+
+    def _read(self, path: Path) -> tuple[Tensor | None, Tensor, tuple[int, int]]:
+        try:
+            image = read_image(path)
+            own = None if self.preprocess is None else self.preprocess(image)
+            return own, self.squash(image), (image.height, image.width)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _image_batches(
-    model: nn.Module, data: EvaluationData, options: Options
-) -> Iterable[tuple[tuple[int, ...], Tensor, Tensor, tuple[tuple[int, int], ...]]]:
+def _image_batches(model: nn.Module, data: EvaluationData, options: Options) -> Iterable[_Batch]:
     # In a random order, always the same: neighbours in a file may resemble each other, and the probe swaps images.
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0)).tolist()
+    starts = range(0, len(order), options.batch_size)
     loader = DataLoader(
         _Images(model, data),
-        batch_size=options.batch_size,
-        sampler=order,
+        batch_size=None,
+        sampler=[order[start : start + options.batch_size] for start in starts],
         num_workers=options.workers,
-        collate_fn=list,
+        collate_fn=_as_it_is,
+        worker_init_fn=_send_errors,
     )
-    for items in tqdm(loader, desc="images", unit="batch"):
-        for item in items:
-            if isinstance(item, DataError):
-                raise item
-        indices, images, whole, sizes = zip(*items, strict=True)
-        yield indices, torch.stack(images), torch.stack(whole), sizes
+    batches = None
+    try:
+        batches = iter(loader)
+        for batch in tqdm(batches, desc="images", unit="batch", total=len(loader)):
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except Exception as error:
+        death = _end_workers(batches) if batches is not None and options.workers else None
+        if isinstance(error, DataError):
+            raise
+        raise _unreadable(death or error) from error
+
+
+def _end_workers(batches: Any) -> RuntimeError | None:
+    """PyTorch tells of a worker's death by a signal, which may come after what the death broke: returned if so."""
+    try:
+        batches._shutdown_workers()
+    except RuntimeError as death:
+        return death
+    return None
+
+
+def _as_it_is(batch: _Batch | DataError) -> _Batch | DataError:
+    return batch
+
+
+def _send_errors(_: int) -> None:
+    """In a worker: where a batch cannot be sent, send the error. Python would drop it, and let the command wait."""
+
+    def send(queue: multiprocessing.queues.Queue, error: Exception, item: tuple[int, Any]) -> None:
+        queue.put((item[0], _unreadable(error)))
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = send
+
+
+def _unreadable(error: Exception) -> DataError:
+    if isinstance(error.__cause__, RuntimeError):
+        error = error.__cause__  # PyTorch's "killed by signal", before its "exited unexpectedly"
+    return DataError(
+        f"the images cannot be read: {type(error).__name__}: {str(error).strip()}; a smaller --batch-size and fewer "
+        "--workers take less memory, less shared memory (/dev/shm) and fewer open files"
+    )

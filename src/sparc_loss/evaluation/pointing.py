@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc_loss._validation import check_features, check_mask
+from sparc_loss.evaluation.patch_grid import patch_centres
 
 
 class PointingGame(NamedTuple):
@@ -28,7 +29,9 @@ class PointingGame(NamedTuple):
     reachable: Tensor
 
 
-def pointing_game(similarity: Tensor, grid: tuple[int, int], masks: Tensor) -> PointingGame:
+def pointing_game(
+    similarity: Tensor, grid: tuple[int, int], masks: Tensor, extent: tuple[float, float] = (1.0, 1.0)
+) -> PointingGame:
     """Play the pointing game: a hit if the centre of the most similar patch lies in the mask.
 
     The centre is the pixel at (row + 1/2) H/h, (column + 1/2) W/w, rounded down. A tie never counts in favour: where
@@ -38,10 +41,13 @@ def pointing_game(similarity: Tensor, grid: tuple[int, int], masks: Tensor) -> P
         similarity: floating point [N, P], P patches row by row.
         grid: height and width of the patch grid; their product is P.
         masks: bool [N, H, W], the object each map is about.
+        extent: the share of the image's height and width that the grid covers, from the top left corner. A ViT of
+            patch 14 covers 378 of 384 pixels: 378 / 384. It is above 1 where the last patches reach beyond the image;
+            their centre is then that of the part within.
 
     Raises:
-        TypeError: similarity that is no floating-point tensor, masks that are not bool.
-        ValueError: shapes that disagree, values that are not finite.
+        TypeError: similarity that is no floating-point tensor, masks that are not bool, an extent that is no number.
+        ValueError: shapes that disagree, values that are not finite, an extent that is not above 0.
     """
     check_features("n p", similarity=similarity)
     count, patches = similarity.shape
@@ -53,7 +59,11 @@ def pointing_game(similarity: Tensor, grid: tuple[int, int], masks: Tensor) -> P
     if not similarity.isfinite().all():
         raise ValueError("similarity has values that are not finite; expected finite ones")
 
-    inside = _at_centres(masks, height, width)
+    rows, columns = (
+        patch_centres(pixels, patches, share).to(masks.device)
+        for pixels, patches, share in zip(size, grid, extent, strict=True)
+    )
+    inside = masks[:, rows][:, :, columns].flatten(start_dim=1)
     is_maximum = similarity == similarity.amax(dim=-1, keepdim=True)
     return PointingGame(
         hits=(inside | ~is_maximum).all(dim=-1), chance=inside.float().mean(dim=-1), reachable=inside.any(dim=-1)
@@ -79,10 +89,3 @@ def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
     in_rows = (rows >= top) & (rows < bottom)
     in_columns = (columns >= left) & (columns < right)
     return in_rows[:, :, None] & in_columns[:, None, :]
-
-
-def _at_centres(masks: Tensor, height: int, width: int) -> Tensor:
-    """The masks' values at the centres of an evenly laid grid of patches, bool [N, height * width]."""
-    rows = ((torch.arange(height, device=masks.device) + 0.5) * masks.shape[1] / height).long()
-    columns = ((torch.arange(width, device=masks.device) + 0.5) * masks.shape[2] / width).long()
-    return masks[:, rows][:, :, columns].flatten(start_dim=1)

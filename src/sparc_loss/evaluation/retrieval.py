@@ -15,7 +15,8 @@ from sparc_loss._validation import check_features
 # Two cosines closer than this tie: float32 rounding may put equal ones in either order.
 TIE = 1e-6
 
-_CHUNK = 1024
+# Similarities that are in memory at a time, and queries: 64 MB, however many candidates there are.
+_SIMILARITIES, _CHUNK = 1 << 24, 1024
 
 
 class Recall(NamedTuple):
@@ -71,9 +72,9 @@ def nearest_captions(image_features: Tensor, text_features: Tensor, image_index:
     Arguments and errors as in `recall_at_k`.
     """
     images, texts, image_index = _normalised_pairs(image_features, text_features, image_index)
-    nearest = []
-    for start in range(0, len(images), _CHUNK):
-        similarity = images[start : start + _CHUNK] @ texts.T
+    nearest, chunk = [], _chunk(len(texts))
+    for start in range(0, len(images), chunk):
+        similarity = images[start : start + chunk] @ texts.T
         tied = similarity >= similarity.amax(dim=1, keepdim=True) - TIE
         own = image_index == torch.arange(start, start + len(similarity), device=images.device).unsqueeze(1)
         nearest.append((tied.int() * 2 - own.int()).argmax(dim=1))
@@ -115,14 +116,19 @@ def _normalised_pairs(
 
 
 def _recall(queries: Tensor, candidates: Tensor, query_image: Tensor, candidate_image: Tensor, k: int) -> float:
-    hits = 0
-    for start in range(0, len(queries), _CHUNK):
-        similarity = queries[start : start + _CHUNK] @ candidates.T
-        is_right = query_image[start : start + _CHUNK].unsqueeze(1) == candidate_image
+    hits, chunk = 0, _chunk(len(candidates))
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ candidates.T
+        is_right = query_image[start : start + chunk].unsqueeze(1) == candidate_image
         right = similarity.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
         better = (similarity >= right - TIE) & ~is_right
         hits += int((better.sum(dim=1) < k).sum())
     return hits / len(queries)
+
+
+def _chunk(candidates: int) -> int:
+    """How many queries to compare with all candidates at a time."""
+    return max(1, min(_CHUNK, _SIMILARITIES // candidates))
 
 
 def check_k(k: int, count: int) -> None:

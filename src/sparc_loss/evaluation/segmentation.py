@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparc_loss._validation import check_features
+from sparc_loss.evaluation.patch_grid import check_extent, nearest_patches
 
 # Label of pixels of no class. It indexes the last row of intersections and unions, as -1 does.
 BACKGROUND = -1
@@ -51,6 +52,7 @@ def segment(
     *,
     present: Sequence[int] | Tensor | None = None,
     background_threshold: float | None = None,
+    extent: tuple[float, float] = (1.0, 1.0),
 ) -> Segmentation:
     """Give each pixel of one image the class whose text is most similar to it.
 
@@ -61,10 +63,13 @@ def segment(
         size: height and width of the image in pixels.
         present: the rows of `class_features` to choose from (the paper: the classes present); None is all.
         background_threshold: a pixel whose best cosine is lower is background; None is no background.
+        extent: the share of the image's height and width that the grid covers, as in `pointing_game`; pixels beyond
+            have the cosines of the nearest patch.
 
     Raises:
-        TypeError: features that are not floating-point tensors.
-        ValueError: shapes that disagree, values that are not finite, `present` empty or out of range.
+        TypeError: features that are not floating-point tensors, an extent that is no number.
+        ValueError: shapes that disagree, values that are not finite, `present` empty or out of range, an extent that
+            is not above 0.
     """
     check_features("p d, c d", patch_features=patch_features, class_features=class_features)
     height, width = grid
@@ -80,7 +85,7 @@ def segment(
     classes = F.normalize(class_features[rows].float(), dim=-1)
     cosine = F.normalize(patch_features.float(), dim=-1) @ classes.T
     cosine = rearrange(cosine, "(h w) c -> 1 c h w", h=height)
-    scores, best = F.interpolate(cosine, size=tuple(size), mode="bilinear", align_corners=False)[0].max(dim=0)
+    scores, best = _upsample(cosine, tuple(size), extent)[0].max(dim=0)
     labels = rows[best]
     if background_threshold is not None:
         labels = labels.masked_fill(scores < background_threshold, BACKGROUND)
@@ -117,7 +122,13 @@ def intersection_and_union(
 
 
 def majority_segmentation(
-    target: Tensor, grid: tuple[int, int], num_classes: int, *, background: bool = False, ignore: int | None = None
+    target: Tensor,
+    grid: tuple[int, int],
+    num_classes: int,
+    *,
+    background: bool = False,
+    ignore: int | None = None,
+    extent: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Give all pixels of a patch the class that most of them have: about the best that one label per patch can do.
 
@@ -130,13 +141,16 @@ def majority_segmentation(
         background: background is a label too. If not, a patch without a pixel of any class takes the image's most
             frequent one, whose union it hurts least.
         ignore: as in `intersection_and_union`.
+        extent: the share of the image's height and width that the grid covers, as in `pointing_game`; pixels beyond
+            belong to the nearest patch.
 
     Returns:
         Labels, int64 [H, W]; of classes as frequent, the first. BACKGROUND where there is no class at all.
 
     Raises:
-        TypeError: target of another dtype.
-        ValueError: target of another rank, a label out of range, a grid finer than the pixels.
+        TypeError: target of another dtype, an extent that is no number.
+        ValueError: target of another rank, a label out of range, a grid finer than the pixels, an extent that is not
+            above 0.
     """
     _check_labels("target", target)
     if target.ndim != 2 or not (0 < grid[0] <= target.shape[0] and 0 < grid[1] <= target.shape[1]):
@@ -144,8 +158,8 @@ def majority_segmentation(
             f"target has shape {list(target.shape)}, grid is {grid[0]} x {grid[1]}; expected [H, W], no finer a grid"
         )
     rows, columns = (
-        (torch.arange(pixels, device=target.device) * patches).div(pixels, rounding_mode="floor")
-        for pixels, patches in zip(target.shape, grid, strict=True)
+        nearest_patches(pixels, patches, share).to(target.device)
+        for pixels, patches, share in zip(target.shape, grid, extent, strict=True)
     )
     patch = rows[:, None] * grid[1] + columns
     kept = torch.ones_like(target, dtype=torch.bool) if ignore is None else target != ignore
@@ -219,6 +233,22 @@ def mean_iou(intersection: Tensor, union: Tensor, *, background: bool = False) -
         intersection, union = intersection[:-1], union[:-1]
     occurs = union > 0
     return (intersection[occurs].double() / union[occurs].double()).mean().item()
+
+
+def _upsample(maps: Tensor, size: tuple[int, int], extent: tuple[float, float]) -> Tensor:
+    """Maps [1, C, h, w] over an image of `size`, of which they cover `extent`, bilinear: [1, C, H, W]."""
+    if tuple(extent) == (1, 1):
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    for share in extent:
+        check_extent(share)
+    # From -1 to 1 over the grid. Beyond its outermost centres, the outermost values go on.
+    y, x = (
+        (2 * torch.arange(pixels, device=maps.device) + 1) / (pixels * share) - 1
+        for pixels, share in zip(size, extent, strict=True)
+    )
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    places = torch.stack((columns, rows), dim=-1).unsqueeze(0)
+    return F.grid_sample(maps, places, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _present(present: Sequence[int] | Tensor | None, num_classes: int, device: torch.device) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from open_clip.utils import to_2tuple
 from PIL import Image
 from torch import Tensor, nn
 
 from sparc_loss.embeddings.surface import Surfaced, restore, surface_embeddings
+from sparc_loss.embeddings.vision import patch_size
 from sparc_loss.functional import Alignment, alignment_weights, token_patch_similarity
 from sparc_loss.show.words import Caption, read_caption
 
@@ -28,7 +28,7 @@ class AlignedPair:
         weights: float32 [words, h, w] on the CPU, for `caption.read` in their order; each word's sum to 1. A word of
             several pieces has the mean of its pieces' weights: it keeps what any of them keeps.
         patch_size: height and width of a patch in pixels. The grid begins at the top left corner; pixels right of it
-            and below are in no patch.
+            and below are in no patch, and the last patches may reach beyond the image.
         title: of the pair, "" for none.
     """
 
@@ -90,7 +90,7 @@ def align(
         words,
         _as_seen(pixels, preprocess),
         rearrange(weights, "l (h w) -> l h w", h=grid[0]),
-        _patch_size(model.visual, tuple(images.shape[-2:]), grid),
+        patch_size(model.visual, tuple(images.shape[-2:]), grid),
         title,
     )
 
@@ -145,12 +145,3 @@ def _as_seen(pixels: Tensor, preprocess: Any) -> np.ndarray:
             mean, std = (torch.as_tensor(values).reshape(-1, 1, 1) for values in (transform.mean, transform.std))
             pixels = pixels * std + mean
     return rearrange((pixels * 255).round().clamp(0, 255).byte(), "c h w -> h w c").numpy()
-
-
-def _patch_size(visual: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
-    """Height and width of a patch. An image that is no multiple of a ViT's patch size loses the pixels left over."""
-    trunk = getattr(visual, "trunk", visual)
-    known = to_2tuple(getattr(getattr(trunk, "patch_embed", trunk), "patch_size", None) or 1)
-    if tuple(pixels // patch for pixels, patch in zip(size, known, strict=True)) == tuple(grid):
-        return known
-    return size[0] / grid[0], size[1] / grid[1]
