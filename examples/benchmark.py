@@ -209,7 +209,7 @@ def allocated_bytes(action: Callable[[], object], device: str = "cpu") -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     del result
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
     now = peak = 0
@@ -301,7 +301,7 @@ def machine(device: str) -> dict[str, object]:
 
     processor = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
@@ -419,7 +419,7 @@ def main(arguments: list[str] | None = None) -> None:
     show_update_steps(results["table11"])
 
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, options.output / "benchmark.png")
     print(f"\nWritten to {options.output}: benchmark.json, benchmark.png")
 

@@ -18,7 +18,7 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
+GOLDEN_CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))}
 
 
 @pytest.fixture(autouse=True)

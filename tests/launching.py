@@ -42,7 +42,7 @@ def write_tiny_data(folder: Path) -> None:
     """32 training and 8 validation pairs as open_clip's CSV, and a local-dir model folder."""
     generator = np.random.default_rng(0)
     for split, size in (("train", 32), ("val", 8)):
-        with open(folder / f"{split}.csv", "w", newline="") as file:
+        with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t")
             writer.writerow(["filepath", "title"])
             for index in range(size):
@@ -52,13 +52,15 @@ def write_tiny_data(folder: Path) -> None:
                 writer.writerow([path, f"a {COLOURS[index % 4]} scene, number {index}!"])
     write_model(folder / "model", MODEL_CONFIG)
     # The same model under a name, for open_clip.create_model(name, pretrained=path).
-    (folder / "tiny.json").write_text(json.dumps(MODEL_CONFIG))
+    (folder / "tiny.json").write_text(json.dumps(MODEL_CONFIG), encoding="utf-8")
 
 
 def write_model(folder: Path, config: dict) -> None:
     """A folder for `--model local-dir:`."""
     folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {}}), encoding="utf-8"
+    )
 
 
 def data_flags(folder: Path, *, name: str, epochs: int = 1) -> list[str]:

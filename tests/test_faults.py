@@ -21,8 +21,8 @@ EVERY_STEP = ("--log-every-n-steps", "1", "--lr-scheduler", "const")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     write_tiny_data(folder)
-    lines = (folder / "train.csv").read_text().splitlines(keepends=True)
-    (folder / "long.csv").write_text("".join([lines[0], *lines[1:] * 4]))
+    lines = (folder / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "long.csv").write_text("".join([lines[0], *lines[1:] * 4]), encoding="utf-8")
     return folder
 
 
@@ -97,7 +97,7 @@ def test_a_full_disk_ends_the_run_and_the_half_checkpoint_is_not_taken_for_one(f
 
 
 def test_a_missing_image_ends_the_run_with_its_name(folder: Path) -> None:
-    (folder / "missing.csv").write_text("filepath\ttitle\nnot/there.png\ta red dog\n" * 8)
+    (folder / "missing.csv").write_text("filepath\ttitle\nnot/there.png\ta red dog\n" * 8, encoding="utf-8")
     flags = ("--train-data", str(folder / "missing.csv"), "--csv-separator", "\t")
     finished = run_python(*SPARC, *data_flags(folder, name="missing"), *flags)
     assert finished.returncode == 1
@@ -105,12 +105,12 @@ def test_a_missing_image_ends_the_run_with_its_name(folder: Path) -> None:
 
 
 def test_empty_captions_are_warned_of_and_train(folder: Path) -> None:
-    lines = (folder / "train.csv").read_text().splitlines()
+    lines = (folder / "train.csv").read_text(encoding="utf-8").splitlines()
     empty = [line.split("\t")[0] + "\t" if index in (1, 2) else line for index, line in enumerate(lines)]
-    (folder / "empty.csv").write_text("\n".join(empty) + "\n")
+    (folder / "empty.csv").write_text("\n".join(empty) + "\n", encoding="utf-8")
     log = train(folder, "--train-data", str(folder / "empty.csv"), name="empty")
     assert "warning: 2 of 32 captions in" in log
-    assert "are empty; open_clip reads each of them as the word 'nan'" in log
+    assert "are read as the word 'nan': pandas takes '' for missing values; the first is in line 2" in log
     assert all(torch.isfinite(torch.tensor(logged_losses(log, "Fine_grained_loss"))))
 
 

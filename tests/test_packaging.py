@@ -58,4 +58,4 @@ def test_the_core_needs_torch_and_einops_only():
 
 
 def test_the_version_has_its_entry_in_the_changelog():
-    assert f"## {sparc_loss.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {sparc_loss.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

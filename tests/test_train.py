@@ -1,7 +1,11 @@
 """`python -m sparc_loss.train`, as real processes on the CPU."""
 
+import functools
+import http.server
 import json
+import logging
 import math
+import threading
 
 import pytest
 import torch
@@ -23,6 +27,9 @@ from launching import (
 )
 from loading import assert_loads_without_sparc_loss
 from open_clip import CLIP, CoCa
+from open_clip_train import main as open_clip_main
+
+from sparc_loss import train as launcher
 
 LAUNCHER = ("-m", "sparc_loss.train")
 
@@ -32,6 +39,110 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     write_tiny_data(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """Where a server gives the folder's files."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *given: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("loss", ["clip", "sparc"])
+def test_addresses_that_stock_open_clip_trains_on_are_taken(folder, address, loss, monkeypatch):
+    """pandas opens addresses, and fsspec, which reads checkpoints, knows the home folder."""
+    home = {"HOME": str(folder)}
+    csv = (
+        "--dataset-type",
+        "csv",
+        "--train-data",
+        f"{address}/train.csv",
+        "--val-data",
+        (folder / "val.csv").as_uri(),
+    )
+    name = f"addresses-{loss}"
+    assert "image_to_text_R@1" in train(folder, "--loss", loss, *csv, name=name, launcher=LAUNCHER, env=home)
+    resume = ("--train-data", "~/train.csv", f"--resume=~/logs/{name}/checkpoints/epoch_1.pt")
+    log = train(folder, "--loss", loss, *resume, name=f"{name}-on", epochs=2, launcher=LAUNCHER, env=home)
+    assert "resuming checkpoint" in log
+
+
+def refused(capsys, folder, name: str, *flags: str) -> str:
+    """The one line of error of a command that must leave nothing behind."""
+    with pytest.raises(SystemExit) as ended:
+        launcher.main([*data_flags(folder, name=name), *flags])
+    assert ended.value.code == 2
+    assert not (folder / "logs" / name).exists()
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+UNCOVERED = {**MODEL_CONFIG, "vision_cfg": {"timm_model_name": "test_resnet"}}
+REFUSED = {
+    "more negatives than images": (
+        ("--loss", "sparc", "--sparc-image-negatives", "8"),
+        "--sparc-image-negatives is 8 with batches of 8 pairs on each process",
+    ),
+    "a tower that is not covered": (
+        ("--loss", "sparc", "--model", "UNCOVERED"),
+        "model.visual is a TimmModel with a ResNet trunk; patch embeddings are known for",
+    ),
+    "that tower with a rival": (
+        ("--loss", "filip", "--model", "UNCOVERED"),
+        "model.visual is a TimmModel with a ResNet trunk; patch embeddings are known for",
+    ),
+    "a probe without pairs": (
+        ("--loss", "sparc", "--sparc-probe-every", "1"),
+        "--sparc-probe-every is set without validation pairs; expected --val-data with captions",
+    ),
+    "pictures without pairs": (
+        ("--loss", "sparc", "--sparc-show-every", "1"),
+        "--sparc-show-every is set without validation pairs; expected --val-data with captions",
+    ),
+    "fewer pairs than a batch": (
+        ("--loss", "clip", "--batch-size", "64"),
+        "has 32 pairs for 1 process; expected at least --batch-size 64 x --accum-freq 1 for each",
+    ),
+    "fewer pairs than accumulated batches": (
+        ("--loss", "sparc", "--batch-size", "8", "--accum-freq", "5"),
+        "has 32 pairs for 1 process; expected at least --batch-size 8 x --accum-freq 5 for each",
+    ),
+    "a checkpoint that is not there": (
+        ("--loss", "clip", "--resume", "~/none.pt"),
+        "argument --resume: there is no file '~/none.pt'; expected a checkpoint, or latest",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_flags_tell_is_refused_before_anything_is_written(folder, capsys, case):
+    flags, message = REFUSED[case]
+    if not (folder / "uncovered").exists():
+        write_model(folder / "uncovered", UNCOVERED)
+    flags = [f"local-dir:{folder / 'uncovered'}" if flag == "UNCOVERED" else flag for flag in flags]
+    assert message in refused(capsys, folder, "refused", *flags)
+
+
+@only_open_clip_3
+def test_metrics_that_open_clip_3_would_add_up_are_refused_before_anything_is_written(folder, capsys):
+    line = refused(capsys, folder, "metrics", "--loss", "sparc", "--sparc-metrics")
+    assert "--sparc-metrics is set; expected it off with open_clip 3" in line
+
+
+def test_pairs_are_shared_among_the_processes(folder, capsys, monkeypatch):
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    line = refused(capsys, folder, "shared", "--loss", "clip")
+    assert "has 32 pairs for 8 processes; expected at least --batch-size 8 x --accum-freq 1 for each" in line
+
+
+def test_a_refused_command_leaves_the_loggers_and_open_clip_as_they_were(folder, capsys):
+    before = logging.getLogger().handlers[:], open_clip_main.parse_args, open_clip_main.train_one_epoch
+    refused(capsys, folder, "untouched", "--loss", "sparc", "--sparc-image-negatives", "8")
+    assert (logging.getLogger().handlers, open_clip_main.parse_args, open_clip_main.train_one_epoch) == before
 
 
 def assert_trained(log: str) -> None:
@@ -103,7 +214,7 @@ def test_coca_trains_with_its_captioning_loss_beside(folder):
     log = train(folder, "--model", f"local-dir:{folder / 'coca'}", "--accum-freq", "2", name="captions")
     assert_trained(log)
     assert logged_losses(log, "Caption_loss")
-    (folder / "tiny_coca.json").write_text(json.dumps(COCA_CONFIG))
+    (folder / "tiny_coca.json").write_text(json.dumps(COCA_CONFIG), encoding="utf-8")
     assert_loads_without_sparc_loss(checkpoint_path(folder, "captions"), folder / "tiny_coca.json")
 
 
@@ -235,27 +346,16 @@ def test_stock_open_clip_stops_at_a_flag_of_ours_instead_of_training_clip(folder
 
 
 def test_missing_training_extras_are_named_with_the_pip_command(tmp_path):
-    (tmp_path / "braceexpand.py").write_text("raise ImportError('No module named braceexpand')")
+    (tmp_path / "braceexpand.py").write_text("raise ImportError('No module named braceexpand')", encoding="utf-8")
     line = refusal(env={"PYTHONPATH": str(tmp_path)})
     assert "open_clip's training cannot be imported (No module named braceexpand)" in line
     assert "pip install 'sparc-loss[train]'" in line
 
 
 def test_an_untested_open_clip_is_refused_with_the_tested_versions(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import open_clip; open_clip.__version__ = '9.9.9'")
+    (tmp_path / "sitecustomize.py").write_text("import open_clip; open_clip.__version__ = '9.9.9'", encoding="utf-8")
     line = refusal(env={"PYTHONPATH": str(tmp_path)})
     assert "open_clip_torch 9.9.9 is installed; sparc_loss.train was tested with 3.0.0" in line
-
-
-def test_an_uncovered_tower_is_refused_by_name(folder):
-    write_model(folder / "uncovered", {**MODEL_CONFIG, "vision_cfg": {"timm_model_name": "test_resnet"}})
-    finished = run_python(
-        *SPARC, *data_flags(folder, name="uncovered"), "--model", f"local-dir:{folder / 'uncovered'}"
-    )
-    assert finished.returncode != 0
-    assert (
-        "TypeError: model.visual is a TimmModel with a ResNet trunk; patch embeddings are known for" in finished.stdout
-    )
 
 
 def test_help_shows_our_flags_in_a_group_and_open_clips_own():

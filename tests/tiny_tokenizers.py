@@ -142,7 +142,9 @@ def _load(
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {f"{name}_token": token for name, token in names.items()} | (config or {})
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, **config}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": tokenizer_class, **config}), encoding="utf-8"
+    )
     return HFTokenizer(str(folder), **{"context_length": CONTEXT, **options})
 
 

@@ -81,7 +81,7 @@ def read_annotations(folder: str | Path, split: Split) -> Annotations:
         FileNotFoundError: it is not there; training scenes have none.
     """
     folder = Path(folder).resolve()
-    scenes = json.loads((folder / f"{split}.json").read_text())
+    scenes = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
     with np.load(folder / f"{split}.npz") as arrays:
         labels = arrays["labels"]
     objects = [
@@ -165,5 +165,5 @@ def _write_csv(path: Path, folder: Path, split: Split, captions: list[str]) -> N
 
 def _write_annotations(folder: Path, split: Split, scenes: list[Scene]) -> None:
     records = [{"caption": scene.caption, "objects": [asdict(o) for o in scene.objects]} for scene in scenes]
-    (folder / f"{split}.json").write_text(json.dumps(records, indent=1))
+    (folder / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     np.savez_compressed(folder / f"{split}.npz", labels=np.stack([scene.labels for scene in scenes]))

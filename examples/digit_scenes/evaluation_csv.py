@@ -39,7 +39,7 @@ def write_evaluation_csv(data: str | Path, split: Split) -> Path:
         for index, (labels, objects) in enumerate(zip(scenes.labels, scenes.objects, strict=True)):
             numbers = np.array([0, *(CLASSES.index(each.phrase) + 1 for each in objects)], np.uint8)
             Image.fromarray(numbers[labels]).save(draft / f"{index:05d}.png")
-    (data / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (data / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
     swapped = swapped_captions(scenes)
     path = data / f"{split}-evaluate.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:

@@ -113,7 +113,7 @@ def warm_start(folder: str | Path, model_folder: str | Path, checkpoint: str | P
         for file in Path(model_folder).iterdir():
             if file.name != WEIGHTS:
                 shutil.copy(file, draft)
-        config = json.loads((draft / CONFIG).read_text())["model_cfg"]
+        config = json.loads((draft / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
         if "hf_model_name" in config["text_cfg"]:
             config["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
         _write_config(draft, config)
@@ -156,7 +156,7 @@ def _text_config(vocabulary: int, width: int) -> BertConfig:
 
 def _write_config(draft: Path, config: dict[str, Any]) -> None:
     whole = {"model_cfg": config, "preprocess_cfg": {"mean": [_MEAN] * 3, "std": [_STD] * 3}}
-    (draft / CONFIG).write_text(json.dumps(whole, indent=2))
+    (draft / CONFIG).write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 
 def _build(config: dict[str, Any], draft: Path) -> torch.nn.Module:

@@ -41,9 +41,9 @@ def write_report(run: Path, models: Mapping[str, Path], data: Path) -> str:
     of_the_test = levels(embedded, test)
     columns["chance"] = {name: level.chance for name, level in of_the_test.items()}
     columns["ceiling"] = {name: level.ceiling for name, level in of_the_test.items()}
-    (run / "results.json").write_text(json.dumps(columns, indent=2))
+    (run / "results.json").write_text(json.dumps(columns, indent=2), encoding="utf-8")
     table = measures_table(columns)
-    (run / "table.md").write_text(table)
+    (run / "table.md").write_text(table, encoding="utf-8")
     show_words(run, {name: models[name] for name in ("CLIP", "recipe")}, test)
     return table
 

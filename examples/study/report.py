@@ -65,8 +65,8 @@ def write_report(
             for run, result in results.items()
         ],
     }
-    (folder / "study.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "tables.md").write_text(tables)
+    (folder / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "tables.md").write_text(tables, encoding="utf-8")
     for measure in MEASURES:
         draw(measure, results, folder / f"{measure}.png")
     return tables

@@ -73,7 +73,7 @@ def prepare(folders: Folders, size: Size) -> None:
                 write_model(
                     folder, captions, seed, pooling=pooling, width=size.width, vision_layers=size.vision_layers
                 )
-            vision = json.loads((folder / CONFIG).read_text())["model_cfg"]["vision_cfg"]
+            vision = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["vision_cfg"]
             _check_found(folder, "width", vision["width"], size.width)
             _check_found(folder, "vision layers", vision["layers"], size.vision_layers)
 
@@ -126,7 +126,7 @@ def _read(run: Run, size: Size, folders: Folders) -> dict[str, Any] | None:
     path = folders.result(run)
     if not path.exists() or (run.is_origin and not folders.weights(run).exists()):
         return None
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     return record["result"] if record["run"] == _description(run, size) else None
 
 
@@ -134,7 +134,7 @@ def _write(run: Run, size: Size, folders: Folders, result: dict[str, Any]) -> No
     path = folders.result(run)
     path.parent.mkdir(exist_ok=True)
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps({"run": _description(run, size), "result": result}, indent=1))
+    draft.write_text(json.dumps({"run": _description(run, size), "result": result}, indent=1), encoding="utf-8")
     draft.replace(path)
 
 

@@ -7,6 +7,8 @@ import logging
 import sys
 import zipfile
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparc_loss.integration.plugin import (
@@ -20,6 +22,8 @@ from sparc_loss.integration.plugin import (
 from sparc_loss.integration.versions import UntestedVersionError, check_version
 
 PROG = "python -m sparc_loss.train"
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         loss_args, rest = parser.parse_known_args(argv)
         args = open_clip_parse_args(rest)
         vars(args).update(vars(loss_args))
-        _check_run(parser, args)
+        with _logging_untouched():
+            _check_run(parser, args)
+            _check_args_of_loss(parser, args, plugin)
         return args
 
     if "-h" in argv or "--help" in argv:
@@ -75,7 +81,7 @@ def _load_plugin(parser: ArgumentParser, argv: list[str]) -> LossPlugin | None:
     try:
         plugin = load_loss(name)
     except PluginError as error:
-        logging.debug("", exc_info=error)
+        logger.debug("", exc_info=error)
         parser.error(f"argument --loss: {error}")
     plugin.add_arguments(parser)
     return plugin
@@ -85,7 +91,7 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse what open_clip would notice late, or not at all, before anything is written."""
     from open_clip_train.distributed import world_info_from_env
 
-    _, rank, _ = world_info_from_env()
+    _, rank, world_size = world_info_from_env()
     log = Path(args.logs, args.name or "", f"out-{rank}" if args.log_local else "out.log")
     if args.name and rank == 0 and args.resume != "latest" and log.exists():
         parser.error(
@@ -95,7 +101,9 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
     for flag, path in (("--train-data", args.train_data), ("--val-data", args.val_data)):
         is_csv = args.dataset_type == "csv" or (args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv")))
         if path and is_csv and rank == 0:
-            _check_csv(parser, args, flag, path)
+            pairs = _check_csv(parser, args, flag, path)
+            if flag == "--train-data" and not getattr(args, "use_naflex", False):
+                _check_steps(parser, args, pairs, world_size)
     _check_checkpoint(parser, args, log.parent)
     if args.loss_dist_impl in registered_losses():
         # `--los sparc` lands there: argparse takes an unambiguous abbreviation for the whole flag.
@@ -111,25 +119,76 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
                 )
 
 
-def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> None:
-    import pandas
+def _check_args_of_loss(parser: ArgumentParser, args: Namespace, plugin: LossPlugin | None) -> None:
+    """Let the plug-in refuse arguments before anything is written."""
+    if not hasattr(plugin, "check_args"):
+        return
+    try:
+        plugin.check_args(_with_ranks(args))
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        logger.debug("", exc_info=error)
+        parser.error(" ".join(str(error).split()))
 
-    if not Path(path).is_file():
+
+@contextmanager
+def _logging_untouched() -> Iterator[None]:
+    """Leave the root logger as it is for open_clip_train, which sets it up once it has parsed its arguments.
+
+    open_clip calls `logging.info`, which gives the root logger a handler: every line would be logged twice.
+    """
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+
+
+def _with_ranks(args: Namespace) -> Namespace:
+    """The arguments with what open_clip_train adds later, when it starts its process group."""
+    from open_clip_train.distributed import world_info_from_env
+
+    local_rank, rank, world_size = world_info_from_env()
+    ranks = {"local_rank": local_rank, "rank": rank, "world_size": world_size, "distributed": world_size > 1}
+    return Namespace(**{**vars(args), **ranks})
+
+
+def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> int:
+    """Refuse a CSV that training cannot read, and warn of captions that it misreads; the number of its pairs."""
+    from sparc_loss.evaluation.pairs_csv import DataError, missing_captions, read_columns, read_pairs
+
+    if "://" not in path and not Path(path).expanduser().is_file():
         parser.error(f"argument {flag}: there is no file {path!r}; expected a CSV file")
-    columns = pandas.read_csv(path, sep=args.csv_separator, nrows=0).columns
-    for key_flag, key in (("--csv-img-key", args.csv_img_key), ("--csv-caption-key", args.csv_caption_key)):
-        if key not in columns:
-            parser.error(
-                f"argument {key_flag}: {path} has no column {key!r}; expected one of {', '.join(map(repr, columns))} "
-                f"(columns are separated by {args.csv_separator!r}, see --csv-separator)"
-            )
-    captions = pandas.read_csv(path, sep=args.csv_separator, usecols=[args.csv_caption_key])[args.csv_caption_key]
-    empty = captions.isna().sum()
-    if empty:
-        print(
-            f"{PROG}: warning: {empty} of {len(captions)} captions in {path} are empty; open_clip reads each of them "
-            "as the word 'nan'",
-            file=sys.stderr,
+    try:
+        columns = read_columns(path, args.csv_separator)
+        for key_flag, key in (("--csv-img-key", args.csv_img_key), ("--csv-caption-key", args.csv_caption_key)):
+            if key not in columns:
+                parser.error(
+                    f"argument {key_flag}: {path} has no column {key!r}; expected one of "
+                    f"{', '.join(map(repr, columns))} (columns are separated by {args.csv_separator!r}, see "
+                    "--csv-separator)"
+                )
+        table = read_pairs(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
+        warning = missing_captions(table, path, args.csv_separator, args.csv_caption_key)
+    except DataError as error:
+        parser.error(f"argument {flag}: {error}")
+    if warning is not None:
+        print(f"{PROG}: warning: {warning}", file=sys.stderr)
+    return len(table)
+
+
+def _check_steps(parser: ArgumentParser, args: Namespace, pairs: int, world_size: int) -> None:
+    """Refuse an epoch without a step: open_clip would save a model that was not trained."""
+    of_a_process = -(-pairs // world_size)  # torch's DistributedSampler repeats pairs to give each process as many
+    if of_a_process // args.batch_size // args.accum_freq == 0:
+        needed = " x ".join(
+            f"{flag} {number}"
+            for flag, number in (("--batch-size", args.batch_size), ("--accum-freq", args.accum_freq))
+        )
+        parser.error(
+            f"argument --train-data: {args.train_data} has {pairs} pairs for {world_size} process"
+            f"{'es' if world_size > 1 else ''}; expected at least {needed} for each, as open_clip drops the last "
+            "incomplete batch and an epoch would have no step"
         )
 
 
@@ -145,11 +204,14 @@ def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> Non
         path = folder / LATEST_CHECKPOINT_NAME if args.save_most_recent else get_latest_checkpoint(str(folder), False)
         if path is None or not Path(path).exists():
             return  # open_clip then starts from the beginning
-    is_sharded = Path(path, ".metadata").is_file()  # a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
+    is_sharded = (
+        Path(path, ".metadata").expanduser().is_file()
+    )  # a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
     if is_sharded:
         return
-    if not Path(path).is_file():
-        parser.error(f"argument --resume: there is no file {path!r}; expected a checkpoint, or latest")
+    path = Path(path).expanduser()  # as fsspec does, which open_clip reads checkpoints with
+    if not path.is_file():
+        parser.error(f"argument --resume: there is no file {args.resume!r}; expected a checkpoint, or latest")
     if not zipfile.is_zipfile(path):  # what torch.save has written since 1.6; the end of a file tells that it is whole
         try:
             torch.load(path, map_location="meta", weights_only=True)

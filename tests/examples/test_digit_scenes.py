@@ -329,7 +329,7 @@ class TestModel:
         torch.save(checkpoint, tmp_path / "epoch_1.pt")
 
         folder = warm_start(tmp_path / "next", model_folder, tmp_path / "epoch_1.pt")
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
         assert config["text_cfg"]["hf_model_name"] == str(folder)
         started = open_clip.create_model(f"local-dir:{folder}").state_dict()
         assert all(torch.equal(started[name], weight) for name, weight in trained.items())

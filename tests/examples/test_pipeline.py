@@ -39,11 +39,11 @@ def finished(tmp_path_factory):
 
 def test_it_ends_with_a_table_of_every_measure_for_each_model_and_chance_and_ceiling(finished):
     output, run = finished
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert list(results) == ["start", "CLIP", "SPARC", "recipe", "chance", "ceiling"]
     assert all(set(column) == MEASURES for column in results.values())
     assert all(x >= 0 and (x <= 1 or "loss" in name) for each in results.values() for name, x in each.items())
-    assert (run / "table.md").read_text() in output
+    assert (run / "table.md").read_text(encoding="utf-8") in output
 
 
 def test_it_shows_what_words_select(finished):
@@ -56,7 +56,7 @@ def test_it_shows_what_words_select(finished):
 
 def test_sparc_and_the_control_start_from_the_same_checkpoint(finished):
     _, run = finished
-    parameters = {name: (run / "logs" / name / "params.txt").read_text() for name in ("CLIP", "SPARC")}
+    parameters = {name: (run / "logs" / name / "params.txt").read_text(encoding="utf-8") for name in ("CLIP", "SPARC")}
     assert all(f"model: local-dir:{run / 'models' / 'start'}" in text for text in parameters.values())
     assert "loss: sparc" in parameters["SPARC"]
     assert "loss: clip" in parameters["CLIP"]
@@ -64,7 +64,7 @@ def test_sparc_and_the_control_start_from_the_same_checkpoint(finished):
 
 def test_the_recipe_trains_from_scratch_for_as_many_epochs_as_start_and_sparc_together(finished):
     _, run = finished
-    parameters = (run / "logs" / "recipe" / "params.txt").read_text()
+    parameters = (run / "logs" / "recipe" / "params.txt").read_text(encoding="utf-8")
     assert f"model: local-dir:{run / 'models' / 'untrained'}" in parameters
     assert "sparc_image_negatives: 3" in parameters
     assert "epochs: 2\n" in parameters

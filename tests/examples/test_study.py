@@ -272,8 +272,8 @@ class TestReport:
 
     def test_writes_json_tables_and_a_plot_for_each_measure(self, results, tmp_path):
         tables = write_report(tmp_path, results, CHOSEN, {"scenes": 1})
-        assert (tmp_path / "tables.md").read_text() == tables
-        record = json.loads((tmp_path / "study.json").read_text())
+        assert (tmp_path / "tables.md").read_text(encoding="utf-8") == tables
+        record = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
         assert len(record["runs"]) == len(results)
         assert record["chosen"]["filip"] == {"fine_grained_weight": 0.3, "fine_grained_scale": 10.0}
         assert {path.stem for path in tmp_path.glob("*.png")} == set(MEASURES)
@@ -292,20 +292,20 @@ COMMITTED = Path(study.__file__).parent / "results"
 @pytest.mark.parametrize("plan", PLANS)
 class TestCommittedResults:
     def test_are_of_every_row_and_seed_of_the_plan(self, plan):
-        record = json.loads((COMMITTED / plan / "study.json").read_text())
+        record = json.loads((COMMITTED / plan / "study.json").read_text(encoding="utf-8"))
         found = [(run["variant"], run["start"], run["pooling"], run["seed"]) for run in record["runs"]]
         expected = [(run.variant, run.start, run.pooling, run.seed) for run in final_runs(CHOSEN, plan)]
         assert sorted(found) == sorted(expected)
         assert record["size"] == asdict(SIZES["cpu"])
 
     def test_tables_are_those_of_the_runs_and_stand_in_the_readme(self, plan):
-        record = json.loads((COMMITTED / plan / "study.json").read_text())
+        record = json.loads((COMMITTED / plan / "study.json").read_text(encoding="utf-8"))
         results = {
             Run(run["variant"], run["start"], run["pooling"], run["seed"], family=""): run for run in record["runs"]
         }
-        tables = (COMMITTED / plan / "tables.md").read_text()
+        tables = (COMMITTED / plan / "tables.md").read_text(encoding="utf-8")
         assert markdown_tables(results) == tables
-        assert tables.strip() in (COMMITTED.parent / "README.md").read_text()
+        assert tables.strip() in (COMMITTED.parent / "README.md").read_text(encoding="utf-8")
 
     def test_a_plot_for_each_measure_is_there(self, plan):
         assert {path.stem for path in (COMMITTED / plan).glob("*.png")} == set(MEASURES)

@@ -19,9 +19,9 @@ def install(tmp_path, monkeypatch):
         module = f"{name.replace('-', '_')}_plugin"
         info = site / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[{plugin.GROUP}]\n{loss} = {module}\n")
-        (site / f"{module}.py").write_text(code)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+        (info / "entry_points.txt").write_text(f"[{plugin.GROUP}]\n{loss} = {module}\n", encoding="utf-8")
+        (site / f"{module}.py").write_text(code, encoding="utf-8")
         monkeypatch.syspath_prepend(site)
         installed.append(module)
 
@@ -50,7 +50,7 @@ def test_only_the_named_loss_is_imported(install):
 def test_an_object_can_be_the_plugin(install, tmp_path):
     install("toy-loss", "toy", "class Plugin:\n    add_arguments = prepare_model = create_loss = print\nit = Plugin()")
     entry_points = tmp_path / "toy-loss" / "toy_loss-1.0.dist-info" / "entry_points.txt"
-    entry_points.write_text(f"[{plugin.GROUP}]\ntoy = toy_loss_plugin:it\n")
+    entry_points.write_text(f"[{plugin.GROUP}]\ntoy = toy_loss_plugin:it\n", encoding="utf-8")
     assert type(plugin.load_loss("toy")).__name__ == "Plugin"
 
 

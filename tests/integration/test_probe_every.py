@@ -28,7 +28,10 @@ DATA = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=10))}
 
 
 def lines(tmp_path) -> list[dict]:
-    return [json.loads(line) for line in (tmp_path / "run" / "image_dependence.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (tmp_path / "run" / "image_dependence.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_training_is_the_same_bit_for_bit(folder):
@@ -37,7 +40,7 @@ def test_training_is_the_same_bit_for_bit(folder):
     log = train(folder, *val, "--sparc-probe-every", "1", name="with", epochs=2)
     without, probed = (checkpoint(folder, name, 2)["state_dict"] for name in ("without", "with"))
     assert [name for name in without if not torch.equal(without[name], probed[name])] == []
-    written = (folder / "logs" / "with" / "image_dependence.jsonl").read_text().splitlines()
+    written = (folder / "logs" / "with" / "image_dependence.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["epoch"] for line in written] == [1, 2]
     assert log.count("Image dependence after epoch ") == 2
 
@@ -102,7 +105,7 @@ def test_a_training_in_bfloat16_measures_and_draws(folder):
     flags = ("--precision", "bf16", "--val-data", str(folder / "val.csv"))
     log = train(folder, *flags, "--sparc-probe-every", "1", "--sparc-show-every", "1", name="bf16")
     assert "Traceback" not in log
-    assert len((folder / "logs" / "bf16" / "image_dependence.jsonl").read_text().splitlines()) == 1
+    assert len((folder / "logs" / "bf16" / "image_dependence.jsonl").read_text(encoding="utf-8").splitlines()) == 1
     assert (folder / "logs" / "bf16" / "words" / "epoch_1.png").exists()
 
 
@@ -149,7 +152,7 @@ def test_a_last_pair_alone_is_left_out(model, args, monkeypatch):
 
 def test_a_single_validation_pair_is_refused(args, folder, monkeypatch, tmp_path):
     monkeypatch.setattr(open_clip_main.train_one_epoch, "__wrapped__", None, raising=False)
-    (tmp_path / "one.csv").write_text("\n".join((folder / "val.csv").read_text().splitlines()[:2]))
+    (tmp_path / "one.csv").write_text("\n".join((folder / "val.csv").read_text(encoding="utf-8").splitlines()[:2]))
     args.val_data = str(tmp_path / "one.csv")
     with pytest.raises(ValueError, match="--sparc-probe-every is set with 1 validation image; expected 2 or more"):
         probe_every.check_run(args)

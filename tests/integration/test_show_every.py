@@ -54,7 +54,7 @@ def test_the_picture_is_of_the_first_validation_pairs_with_the_losses_settings(
 ):
     args.sparc_threshold, args.sparc_alignment = threshold, alignment
     sparc.after_epoch(model, DATA, 3, args, None)
-    with open(args.val_data, newline="") as file:
+    with open(args.val_data, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))[:4]
     preprocess = image_transform(32, is_train=False)
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=16)
@@ -137,8 +137,8 @@ def test_a_webdataset_is_read_as_well(args, folder, tmp_path):
 
 
 def test_few_validation_pairs_are_all_of_them(args, folder, tmp_path):
-    rows = (folder / "val.csv").read_text().splitlines()[:3]
-    (tmp_path / "two.csv").write_text("\n".join(rows))
+    rows = (folder / "val.csv").read_text(encoding="utf-8").splitlines()[:3]
+    (tmp_path / "two.csv").write_text("\n".join(rows), encoding="utf-8")
     args.val_data = str(tmp_path / "two.csv")
     assert len(list(validation_pairs(args, 4))) == 2
 
@@ -170,7 +170,7 @@ def test_without_the_extra_it_is_refused_with_the_pip_command(args, monkeypatch)
 
 def test_validation_data_that_cannot_be_read_fails_before_training(args, monkeypatch, tmp_path):
     monkeypatch.setattr(open_clip_main.train_one_epoch, "__wrapped__", None, raising=False)
-    (tmp_path / "val.csv").write_text("filepath\ttitle\nnone.png\ta dog\n")
+    (tmp_path / "val.csv").write_text("filepath\ttitle\nnone.png\ta dog\n", encoding="utf-8")
     args.val_data = str(tmp_path / "val.csv")
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         show_every.check_run(args)

@@ -1,6 +1,7 @@
 """Our plug-in, called the way open_clip's training calls it."""
 
 import logging
+import re
 from argparse import ArgumentParser, Namespace
 
 import open_clip
@@ -30,6 +31,12 @@ def parse(*argv: str, **open_clip_args) -> Namespace:
         gather_with_grad=False,
         rank=0,
         world_size=1,
+        batch_size=8,
+        accum_freq=1,
+        force_quick_gelu=False,
+        force_custom_text=False,
+        force_patch_dropout=None,
+        force_image_size=None,
     )
     return parser.parse_args(list(argv), Namespace(**{**args, **open_clip_args}))
 
@@ -124,6 +131,29 @@ def test_several_processes_gather_with_gradient_and_say_so(model, caplog):
 def test_what_cannot_work_is_refused_with_the_reason(model, flag):
     with pytest.raises(ValueError, match=f"--{flag} is set; expected it off with --loss sparc: "):
         sparc.prepare_model(model, parse(**{flag: True}))
+
+
+def test_several_processes_keep_gather_with_gradient_and_get_local_loss(model):
+    """Either of open_clip's two flags alone is not enough."""
+    for given in ({"gather_with_grad": True}, {"local_loss": True}):
+        args = parse(world_size=8, **given)
+        sparc.prepare_model(model, args)
+        assert args.local_loss
+        assert args.gather_with_grad
+
+
+@pytest.mark.parametrize(("batch_size", "accum_freq", "negatives"), [(8, 1, 8), (8, 2, 16), (1, 1, 1), (4, 1, 100)])
+def test_more_image_negatives_than_a_batch_has_are_refused(model, batch_size, accum_freq, negatives):
+    args = parse("--sparc-image-negatives", str(negatives), batch_size=batch_size, accum_freq=accum_freq)
+    message = f"--sparc-image-negatives is {negatives} with batches of {batch_size * accum_freq} pairs on each process"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sparc.check_args(args)
+    args.sparc_image_negatives = batch_size * accum_freq - 1
+    sparc.check_args(args)
+
+
+def test_naflex_batches_may_have_fewer_images_than_negatives(model):
+    sparc.check_args(parse("--sparc-image-negatives", "8", use_naflex=True, naflex_seq_lens=[16]))
 
 
 @pytest.mark.parametrize(("epoch", "weights"), [(0, (0, 0)), (1, (0, 0)), (2, (0.3, 0.2)), (7, (0.3, 0.2))])

@@ -177,7 +177,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("naflex")
     write_tiny_data(folder)
     generator = np.random.default_rng(1)
-    with open(folder / "train.csv", newline="") as file:
+    with open(folder / "train.csv", encoding="utf-8", newline="") as file:
         paths = [row["filepath"] for row in csv.DictReader(file, delimiter="\t")]
     for index, path in enumerate(paths):
         shape = [(24, 56, 3), (56, 24, 3), (32, 32, 3)][index % 3]
@@ -239,9 +239,9 @@ TINY_CONFIG = {
 
 
 def test_a_checkpoint_of_a_naflex_tower_loads_without_sparc_loss(folder, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(TINY_TOWER)
+    (tmp_path / "sitecustomize.py").write_text(TINY_TOWER, encoding="utf-8")
     write_model(tmp_path / "naflex", TINY_CONFIG)
-    (tmp_path / "tiny_naflex.json").write_text(json.dumps(TINY_CONFIG))
+    (tmp_path / "tiny_naflex.json").write_text(json.dumps(TINY_CONFIG), encoding="utf-8")
     env = {"PYTHONPATH": str(tmp_path)}
     train(folder, *VARYING, "--model", f"local-dir:{tmp_path / 'naflex'}", name="named", launcher=SPARC, env=env)
     assert_loads_without_sparc_loss(checkpoint_path(folder, "named"), tmp_path / "tiny_naflex.json", env=env)

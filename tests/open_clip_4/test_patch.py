@@ -50,7 +50,7 @@ def site(tmp_path_factory):
 
 def run_readme_commands(site: Path, heading: str) -> None:
     """Run the shell block under `heading` after the block that makes PATCH, on `site`."""
-    readme = (PATCHES / "README.md").read_text()
+    readme = (PATCHES / "README.md").read_text(encoding="utf-8")
     readme = readme[readme.index("## open_clip's main branch, installed by pip") :]
     prepare = re.search(r"```bash\n(PATCH=\$\(mktemp\)\n.*?)^SITE=.*?```", readme, re.DOTALL | re.MULTILINE).group(1)
     command = re.search(re.escape(heading) + r"\n```bash\n(.*?)```", readme, re.DOTALL).group(1)

@@ -160,7 +160,7 @@ def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -
     check_tokens(tokens)
     conventions = token_conventions(tokenizer)
     if not isinstance(model, Surfaced):
-        _check_model(model)
+        check_model(model)
         model._unsurfaced_output_dict = getattr(model, "output_dict", None)  # CoCa has none
         model.__class__ = SURFACED_CLASSES[type(model)]
     if model._unsurfaced_output_dict is not None:
@@ -180,7 +180,8 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError, naming what was found, unless `surface_embeddings` knows the model and its towers."""
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(

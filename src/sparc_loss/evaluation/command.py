@@ -238,7 +238,11 @@ def _parser() -> ArgumentParser:
     add("--workers", type=int, default=4, metavar="N", help="processes that read images (default: %(default)s)")
     add("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
-    add("--csv-separator", metavar="CHARACTER", help="default: a tab if the first line has one, else a comma")
+    add(
+        "--csv-separator",
+        metavar="TEXT",
+        help="as in training (default: a tab if the first line has one, else a comma)",
+    )
     add("--csv-img-key", default="filepath", metavar="COLUMN", help="default: %(default)s")
     add("--csv-caption-key", default="title", metavar="COLUMN", help="default: %(default)s")
     model = parser.add_argument_group("As in the training of the model")
@@ -269,8 +273,6 @@ def _check(args: Namespace) -> None:
     ):
         if flags[name] is not None:
             check_number(f"argument --{name.replace('_', '-')}", flags[name], minimum, maximum)
-    if args.csv_separator is not None and len(args.csv_separator) != 1:
-        raise ValueError(f"argument --csv-separator is {args.csv_separator!r}; expected one character")
     if args.output:
         path = Path(args.output)
         if path.is_dir() or not os.access(path.parent, os.W_OK):

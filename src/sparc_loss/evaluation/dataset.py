@@ -1,4 +1,4 @@
-"""The CSV that `sparc-loss evaluate` reads: open_clip's, with further columns for what else is known of the images.
+"""The CSV that `sparc-loss evaluate` reads: that of open_clip's training, with further columns about the images.
 
     filepath       an image; rows of one filepath are captions of one image
     title          a caption
@@ -10,10 +10,11 @@
     hard_negative  a caption like title, but wrong of the image, such as one with attributes swapped
 
 All but the first two may be missing or, in a row, empty. Paths are relative to the working directory, as open_clip's.
+The file is read as open_clip's training reads it, by pandas: a caption such as NA or an empty one is the word "nan".
 """
 
-import csv
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparc_loss.evaluation.pairs_csv import DataError, line_of, missing_captions, read_pairs, separator_of
 from sparc_loss.evaluation.segmentation import BACKGROUND
 
 if TYPE_CHECKING:
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
 IGNORED = 255
 
 COLUMNS = ("boxes", "mask", "label", "hard_negative")
-
-
-class DataError(ValueError):
-    """Data that cannot be read, in one line that names the file."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,10 @@ def read_data(
     image_key: str = "filepath",
     caption_key: str = "title",
 ) -> EvaluationData:
-    """Read the CSV; nothing of the images but that they are there.
+    """Read the CSV; nothing of the images but that they are there. Warns of captions that are read as "nan".
 
     Args:
-        path: of the CSV.
+        path: of the CSV; a file, or an address that pandas can open.
         classes: names of the classes, which the columns mask and label need.
         separator: None is a tab if the first line has one, else a comma.
         image_key: column of the images.
@@ -97,35 +95,26 @@ def read_data(
     Raises:
         DataError: what cannot be read, with file and line.
     """
-    path = Path(path)
     data = EvaluationData(list(classes or []))
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if separator is None:
-                separator = "\t" if "\t" in file.readline() else ","
-                file.seek(0)
-            reader = csv.DictReader(file, delimiter=separator, strict=True)
-            columns = reader.fieldnames or []
-            for key in (image_key, caption_key):
-                if key not in columns:
-                    raise DataError(
-                        f"{path} has the columns {', '.join(columns) or 'none'}; expected {key} among them"
-                    )
-            for column in ("mask", "label"):
-                if column in columns and not data.classes:
-                    raise DataError(
-                        f"{path} has a column {column}; expected the names of the classes with it (--classes)"
-                    )
-            known: dict[str, int] = {}
-            for row in reader:
-                try:
-                    _add(data, row, known, row[image_key], row[caption_key])
-                except DataError as error:
-                    raise DataError(f"{path}, line {reader.line_num}: {error}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    separator = separator_of(path) if separator is None else separator
+    table = read_pairs(path, separator, image_key, caption_key, COLUMNS)
+    for column in ("mask", "label"):
+        if column in table.columns and not data.classes:
+            raise DataError(f"{path} has a column {column}; expected the names of the classes with it (--classes)")
+    further = table[[column for column in COLUMNS if column in table.columns]].to_dict("records")
+    pairs = zip(table[image_key].tolist(), table[caption_key].tolist(), strict=True)
+    known: dict[str, int] = {}
+    for index, (image, caption) in enumerate(pairs):
+        row = further[index] if further else {}
+        try:
+            _add(data, row, known, str(image), str(caption))
+        except DataError as error:
+            raise DataError(f"{path}, line {line_of(table, index)}: {error}") from error
     if not data.images:
         raise DataError(f"{path} has no row; expected at least one image")
+    warning = missing_captions(table, path, separator, caption_key)
+    if warning is not None:
+        logging.warning(warning)
     return data
 
 
@@ -142,9 +131,11 @@ def read_lines(path: str | Path) -> list[str]:
     if not lines or "" in lines:
         where = f"line {lines.index('') + 1} is empty" if lines else "it is empty"
         raise DataError(f"{path}: {where}; expected one entry per line")
-    twice = next((line for line in lines if lines.count(line) > 1), None)
-    if twice is not None:
-        raise DataError(f"{path} has {twice!r} twice; expected different lines")
+    known = set()
+    for line in lines:
+        if line in known:
+            raise DataError(f"{path} has {line!r} twice; expected different lines")
+        known.add(line)
     return lines
 
 
@@ -159,7 +150,8 @@ def read_image(path: Path) -> "Image.Image":
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    # What Pillow raises for a broken file depends on its format; for very many pixels, a DecompressionBombError.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
     return image
 
@@ -193,8 +185,6 @@ def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Tensor:
 
 
 def _add(data: EvaluationData, row: dict[str, Any], known: dict[str, int], image: str, caption: str) -> None:
-    if None in row or None in row.values():
-        raise DataError("it has more or fewer fields than the first line; expected as many")
     if image not in known:
         known[image] = len(data.images)
         data.images.append(_file(image))

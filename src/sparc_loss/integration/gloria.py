@@ -7,6 +7,8 @@ from torch import nn
 from sparc_loss.integration.shared import (
     add_group_with_weights,
     add_scale_and_tokens,
+    check_flags,
+    launched,
     number,
     shared_settings,
     surfaced,
@@ -29,8 +31,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_scale_and_tokens(group, "gloria")
 
 
+def check_args(args: Namespace) -> None:
+    """Refuse what cannot be trained before anything is written; see `sparc_loss.integration.shared.check_flags`."""
+    check_flags(args, "gloria")
+
+
 def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
     """Surface the model's patch and token embeddings; turn on what exact gradients over several processes need."""
+    if not launched():
+        check_args(args)
     return surfaced(model, args, "gloria")
 
 

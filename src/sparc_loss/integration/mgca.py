@@ -20,6 +20,8 @@ from torch import nn
 from sparc_loss.integration.shared import (
     add_group_with_weights,
     add_scale_and_tokens,
+    check_flags,
+    launched,
     number,
     shared_settings,
     surfaced,
@@ -42,17 +44,24 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_scale_and_tokens(group, "mgca")
 
 
-def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
-    """Surface the model's patch and token embeddings and add `mgca_heads`; see `sparc_loss.integration.shared`.
+def check_args(args: Namespace) -> None:
+    """Refuse what cannot be trained before anything is written; see `sparc_loss.integration.shared.check_flags`.
 
     Raises:
         ValueError: --fsdp.
     """
+    check_flags(args, "mgca")
     if getattr(args, "fsdp", False):
         raise ValueError(
             "--fsdp is set; expected it off with --loss mgca: FSDP2 gathers a checkpoint into a new dict, and what "
             "travels beside the keys, MGCA's own parameters, would be lost"
         )
+
+
+def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
+    """Surface the model's patch and token embeddings and add `mgca_heads`; see `sparc_loss.integration.shared`."""
+    if not launched():
+        check_args(args)
     return add_heads(surfaced(model, args, "mgca"))
 
 

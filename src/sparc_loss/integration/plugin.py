@@ -27,6 +27,9 @@ class LossPlugin(Protocol):
 
     It may have more, which the launcher calls in every process and a patched open_clip does not:
 
+    - `check_args(args)`, before open_clip_train writes anything. What it raises (ValueError, TypeError or ImportError)
+      becomes one line of error, and the same command can be given again; later, the run's folder exists. `args` has
+      `rank`, `local_rank`, `world_size` and `distributed` already;
     - `before_epoch(loss, epoch, args)`, with the loss that `create_loss` returned and the number of epochs done, those
       before a --resume included;
     - `after_epoch(model, data, epoch, args, tb_writer)`, with the arguments of open_clip_train's own evaluate. It must

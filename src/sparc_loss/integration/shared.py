@@ -6,10 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import open_clip
+import torch
+from open_clip_train import main as open_clip_main
 from torch import nn
 
 from sparc_loss.embeddings import surface_embeddings
+from sparc_loss.embeddings.surface import check_model
 from sparc_loss.embeddings.token_mask import TOKENS
+
+logger = logging.getLogger(__name__)
 
 try:
     from open_clip.naflex_config import NaFlexDataConfig
@@ -56,23 +61,36 @@ def add_scale_and_tokens(group: _ArgumentGroup, name: str) -> None:
     )
 
 
-def surfaced(model: nn.Module, args: Namespace, name: str) -> nn.Module:
-    """The model with patch and token embeddings; turns on what exact gradients over several processes need.
+def launched() -> bool:
+    """Whether the launcher started this training and has called `check_args` before the run's folder was made."""
+    return hasattr(open_clip_main.parse_args, "__wrapped__")
+
+
+def check_flags(args: Namespace, name: str) -> None:
+    """Refuse what no loss of ours can train, as far as the flags tell.
 
     Raises:
         ValueError: a flag of open_clip with which no loss of ours works, or --accum-freq where the number of patches
             or of text tokens changes from batch to batch.
-        TypeError: a model that cannot be surfaced.
+        TypeError: a model or tokenizer that cannot be surfaced.
     """
     for flag in ("torchscript", "trace", "horovod"):
         if getattr(args, flag, False):
             raise ValueError(f"--{flag} is set; expected it off with --loss {name}: {_REFUSED[flag]}")
-    varying = _varying_sizes(model, args)
-    if varying and args.accum_freq > 1:
-        raise ValueError(
-            f"--accum-freq is {args.accum_freq} with {varying}; expected 1 with --loss {name}: open_clip concatenates "
-            "what the model returns for the batches that it accumulates, and patches and tokens differ in number"
-        )
+    model = _model_without_weights(args)
+    if model is not None:
+        check_model(model)
+        _check_accumulation(model, args, name)
+
+
+def surfaced(model: nn.Module, args: Namespace, name: str) -> nn.Module:
+    """The model with patch and token embeddings; turns on what exact gradients over several processes need.
+
+    Raises:
+        ValueError: --accum-freq where the number of patches or of text tokens changes from batch to batch.
+        TypeError: a model that cannot be surfaced.
+    """
+    _check_accumulation(model, args, name)
     if args.world_size > 1 and not (args.local_loss and args.gather_with_grad):
         args.local_loss = args.gather_with_grad = True
         if args.rank == 0:
@@ -96,6 +114,41 @@ def shared_settings(args: Namespace, name: str) -> dict[str, Any]:
         "rank": args.rank,
         "world_size": args.world_size,
     }
+
+
+def _model_without_weights(args: Namespace) -> nn.Module | None:
+    """The model that open_clip_train will make, on the meta device; None where open_clip cannot make it so.
+
+    It is left to open_clip to say why, when it makes the model itself.
+    """
+    logging.disable(logging.WARNING)  # that no weights are loaded
+    try:
+        with torch.device("meta"):
+            return open_clip.create_model(
+                args.model,
+                load_weights=False,
+                pretrained_text=False,
+                device="meta",
+                force_quick_gelu=args.force_quick_gelu,
+                force_custom_text=args.force_custom_text,
+                force_patch_dropout=args.force_patch_dropout,
+                force_image_size=args.force_image_size,
+                cache_dir=args.cache_dir,
+            )
+    except Exception as error:
+        logger.debug("", exc_info=error)
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _check_accumulation(model: nn.Module, args: Namespace, name: str) -> None:
+    varying = _varying_sizes(model, args)
+    if varying and args.accum_freq > 1:
+        raise ValueError(
+            f"--accum-freq is {args.accum_freq} with {varying}; expected 1 with --loss {name}: open_clip concatenates "
+            "what the model returns for the batches that it accumulates, and patches and tokens differ in number"
+        )
 
 
 def _varying_sizes(model: nn.Module, args: Namespace) -> str | None:

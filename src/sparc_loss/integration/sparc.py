@@ -14,6 +14,8 @@ from sparc_loss.integration.guard import training_goes_on
 from sparc_loss.integration.shared import (
     add_group_with_weights,
     add_scale_and_tokens,
+    check_flags,
+    launched,
     number,
     shared_settings,
     surfaced,
@@ -99,8 +101,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
-    """Surface the model's patch and token embeddings; turn on what exact gradients over several processes need."""
+def check_args(args: Namespace) -> None:
+    """Refuse what cannot be trained, measured or drawn before anything is written.
+
+    Raises:
+        ValueError: as `sparc_loss.integration.shared.check_flags`; --sparc-image-negatives that no batch has,
+            --sparc-start, --sparc-probe-every or --sparc-show-every without what they need, --sparc-metrics with an
+            open_clip that would add metrics to the loss.
+        TypeError: a model or tokenizer that cannot be surfaced.
+        ImportError: --sparc-show-every without the extra `show`.
+    """
+    check_flags(args, "sparc")
+    pairs = args.batch_size * args.accum_freq
+    if args.sparc_image_negatives >= pairs and not getattr(args, "use_naflex", False):  # NaFlex batches vary in size
+        raise ValueError(
+            f"--sparc-image-negatives is {args.sparc_image_negatives} with batches of {pairs} pairs on each process "
+            f"(--batch-size x --accum-freq); expected at most {pairs - 1}, the other images of a batch"
+        )
     if args.sparc_start:
         check_launcher("--sparc-start")
     if args.sparc_probe_every:
@@ -114,6 +131,12 @@ def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
             f"--sparc-metrics is set; expected it off with open_clip {open_clip.__version__}: its training takes all "
             "that a loss returns for terms of the loss, and would add them up"
         )
+
+
+def prepare_model(model: nn.Module, args: Namespace) -> nn.Module:
+    """Surface the model's patch and token embeddings; turn on what exact gradients over several processes need."""
+    if not launched():
+        check_args(args)
     return surfaced(model, args, "sparc")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparc_loss.embeddings.surface import Surfaced, restore, surface_embeddings
 from sparc_loss.embeddings.vision import patch_size
+from sparc_loss.evaluation import dataset
 from sparc_loss.functional import Alignment, alignment_weights, token_patch_similarity
 from sparc_loss.show.words import Caption, read_caption
 
@@ -101,17 +102,7 @@ def read_image(image: Image.Image | str | Path) -> Image.Image:
     Raises:
         ValueError: there is no such file, or it is no image, or a broken one.
     """
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        opened = Image.open(image)
-        opened.load()
-    except FileNotFoundError:
-        raise ValueError(f"image is {str(image)!r}, which is not there; expected an image file") from None
-    # What Pillow raises for broken files depends on their format.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {str(image)!r} cannot be read ({error}); expected an image file") from error
-    return opened
+    return image if isinstance(image, Image.Image) else dataset.read_image(Path(image))
 
 
 @contextmanager
