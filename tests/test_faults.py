@@ -67,7 +67,7 @@ def test_a_checkpoint_cut_short_is_refused_and_the_one_before_can_be_resumed(fol
     newest = folder / "logs" / "cut" / "checkpoints" / "epoch_2.pt"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     line = refusal(folder, "cut", "--resume", "latest")
-    assert f"argument --resume: {newest} is no whole checkpoint" in line
+    assert f"argument --resume: {newest} is truncated or corrupt" in line
     assert "remove it to go on from the one before" in line
     newest.unlink()
     assert "resuming checkpoint" in train(folder, "--resume", "latest", name="cut", epochs=2)
@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_run_and_the_half_checkpoint_is_not_taken_for_one(f
     )
     assert finished.returncode not in (0, 2), finished.stdout
     assert "torch.save(" in finished.stdout  # where open_clip was when it failed
-    assert "is no whole checkpoint" in refusal(folder, "full", "--resume", "latest")
+    assert "is truncated or corrupt" in refusal(folder, "full", "--resume", "latest")
 
 
 def test_a_missing_image_ends_the_run_with_its_name(folder: Path) -> None:

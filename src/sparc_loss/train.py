@@ -4,6 +4,7 @@ With several processes: `torchrun --nproc_per_node 8 -- -m sparc_loss.train --lo
 """
 
 import logging
+import pickle
 import sys
 import zipfile
 from argparse import ArgumentParser, Namespace
@@ -20,6 +21,7 @@ from sparc_loss.integration.plugin import (
     registered_losses,
 )
 from sparc_loss.integration.versions import UntestedVersionError, check_version
+from sparc_loss.model_loading import why_not_loaded
 
 PROG = "python -m sparc_loss.train"
 
@@ -204,22 +206,25 @@ def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> Non
         path = folder / LATEST_CHECKPOINT_NAME if args.save_most_recent else get_latest_checkpoint(str(folder), False)
         if path is None or not Path(path).exists():
             return  # open_clip then starts from the beginning
-    is_sharded = (
-        Path(path, ".metadata").expanduser().is_file()
-    )  # a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
-    if is_sharded:
-        return
     path = Path(path).expanduser()  # as fsspec does, which open_clip reads checkpoints with
+    if Path(path, ".metadata").is_file():
+        return  # a sharded checkpoint, a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
     if not path.is_file():
         parser.error(f"argument --resume: there is no file {args.resume!r}; expected a checkpoint, or latest")
-    if not zipfile.is_zipfile(path):  # what torch.save has written since 1.6; the end of a file tells that it is whole
-        try:
-            torch.load(path, map_location="meta", weights_only=True)
-        except Exception as error:
+    # What torch.save writes is a zip, whose end shows that it is whole.
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        # Of a zip this reads the structure alone: tensors of the meta device have no values.
+        torch.load(path, map_location="meta", weights_only=True, mmap=is_zip or None)
+    except Exception as error:
+        if is_zip and isinstance(error, pickle.UnpicklingError):
             parser.error(
-                f"argument --resume: {path} is no whole checkpoint ({type(error).__name__}), as when a run ends or a "
-                "disk is full while it is written; remove it to go on from the one before"
+                f"argument --resume: {path} cannot be resumed: {why_not_loaded(path, error)}, by --pretrained"
             )
+        parser.error(
+            f"argument --resume: {path} is truncated or corrupt ({type(error).__name__}), as when a run ends or a "
+            "disk is full while it is written; remove it to go on from the one before"
+        )
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def test_a_model_without_weights_is_refused_not_measured_at_random(folder, capsy
 
 def test_a_built_in_model_without_weights_is_refused(folder, capsys):
     line = refusal(capsys, *flags(folder, model="RN50"))
-    assert "argument --pretrained: expected a tag or a checkpoint, for RN50 has no weights else" in line
+    assert "argument --pretrained: not given, and RN50 has no default weights; expected openai, yfcc15m, cc12m" in line
 
 
 def test_an_unknown_model_answers_with_the_nearest(folder, capsys):
@@ -207,7 +207,7 @@ def test_an_unknown_tag_is_refused(folder, capsys):
 
 def test_a_missing_checkpoint_is_refused(folder, capsys):
     line = refusal(capsys, *flags(folder, pretrained="no.pt"))
-    assert "argument --pretrained: there is no file 'no.pt'" in line
+    assert "argument --pretrained: 'no.pt' is no file; expected a file of weights" in line
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(folder, weights, capsys, tmp_path):
@@ -227,7 +227,7 @@ def test_a_tower_that_cannot_be_surfaced_is_refused_by_name(folder, capsys, tmp_
     name = f"local-dir:{tmp_path / 'uncovered'}"
     torch.save(open_clip.create_model(name).state_dict(), tmp_path / "uncovered" / "model.pth")
     line = refusal(capsys, *flags(folder, model=name))
-    assert "cannot be loaded: TypeError: model.visual is a TimmModel with a ResNet trunk" in line
+    assert "sparc-loss evaluate: error: model.visual is a TimmModel with a ResNet trunk" in line
 
 
 def test_a_csv_that_cannot_be_read_is_refused_before_the_model_is_loaded(folder, capsys):

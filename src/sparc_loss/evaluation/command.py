@@ -1,6 +1,5 @@
 """`sparc-loss evaluate`: every measure that a CSV allows, of any open_clip model, as a table and as JSON."""
 
-import difflib
 import json
 import logging
 import os
@@ -16,10 +15,9 @@ from sparc_loss.evaluation import dataset
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_data, read_lines
 from sparc_loss.evaluation.markdown import markdown_table
 from sparc_loss.functional import ALIGNMENTS
+from sparc_loss.model_loading import add_model_flags, complete_from_run, load_model
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from sparc_loss.evaluation.evaluate import Measure
     from sparc_loss.evaluation.image_dependence import ImageDependence
 
@@ -55,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        complete_from_run(PROG, args, ("sparc_threshold", "sparc_alignment", "sparc_scale", "sparc_tokens"))
         _check(args)
         classes = read_lines(args.classes) if args.classes else None
         templates = _templates(args.templates) if args.templates else None
@@ -69,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(args)
+        model, _, tokenizer = load_model(args)
+        from sparc_loss.embeddings import surface_embeddings
+
+        surface_embeddings(model, tokenizer, tokens=args.sparc_tokens or "words")
         from open_clip import get_input_dtype
         from open_clip_train.precision import get_autocast
 
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             background_threshold=args.background_threshold,
             nouns_and_adjectives=nouns,
             threshold=args.sparc_threshold,
-            alignment=args.sparc_alignment,
+            alignment=args.sparc_alignment or "sparse",
             fine_grained_scale=args.sparc_scale,
             batch_size=args.batch_size,
             workers=args.workers,
@@ -91,74 +93,13 @@ def main(argv: list[str] | None = None) -> int:
         measures, dependence = evaluate(model, tokenizer, data, options)
     except ImportError as error:
         parser.error(f"open_clip cannot be imported ({error}); pip install 'sparc-loss[train]'")
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         logging.debug("", exc_info=error)
         parser.error(" ".join(str(error).split()))
     print(table(measures, dependence), end="")
     if args.output:
         write_json(Path(args.output), summary(args, data, measures, dependence))
     return 0
-
-
-def load_model(args: Namespace) -> "tuple[nn.Module, Any]":
-    """The model of `--model` and `--pretrained`, surfaced, and its tokenizer.
-
-    Unlike `open_clip.create_model`, which ignores `--pretrained` beside a local-dir: or hf-hub: model and starts from
-    random weights where it finds none, this takes the one and refuses the other.
-
-    Raises:
-        ValueError: a model or weights that open_clip cannot load, or that cannot be surfaced.
-        ImportError: without open_clip.
-    """
-    import open_clip
-
-    from sparc_loss.embeddings import surface_embeddings
-
-    described = args.model.startswith(("local-dir:", "hf-hub:"))
-    if not described and args.model not in open_clip.list_models():
-        nearest = difflib.get_close_matches(args.model, open_clip.list_models(), n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(
-            f"argument --model: {args.model!r} is no model of open_clip; expected one of open_clip.list_models(), "
-            f"local-dir:FOLDER or hf-hub:ORGANISATION/NAME{hint}"
-        )
-    if not described and not args.pretrained:
-        raise ValueError(
-            f"argument --pretrained: expected a tag or a checkpoint, for {args.model} has no weights else"
-        )
-    weights_apart = described and args.pretrained
-    if weights_apart and not Path(args.pretrained).is_file():
-        raise ValueError(f"argument --pretrained: there is no file {args.pretrained!r}")
-    size = args.force_image_size
-    options = {
-        "precision": args.precision,
-        "device": args.device,
-        "force_quick_gelu": args.force_quick_gelu,
-        "force_custom_text": args.force_custom_text,
-        # One number is a square, as open_clip_train takes it.
-        "force_image_size": size[0] if size and len(size) == 1 else size,
-        "force_context_length": args.force_context_length,
-        "cache_dir": args.cache_dir,
-    }
-    try:
-        if weights_apart:
-            logging.disable(logging.WARNING)  # that no weights were found, which come now
-            try:
-                model = open_clip.create_model(args.model, load_weights=False, pretrained_text=False, **options)
-            finally:
-                logging.disable(logging.NOTSET)
-            open_clip.load_checkpoint(model, args.pretrained)
-        else:
-            model = open_clip.create_model(args.model, args.pretrained, require_pretrained=True, **options)
-        tokenizer = open_clip.get_tokenizer(
-            args.model, context_length=args.force_context_length, cache_dir=args.cache_dir
-        )
-        return surface_embeddings(model, tokenizer, tokens=args.sparc_tokens), tokenizer
-    except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
-        what = f"{args.model} with {args.pretrained}" if args.pretrained else args.model
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 300 else reason[:297] + "..."
-        raise ValueError(f"{what} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 def table(measures: "Sequence[Measure]", dependence: "ImageDependence | None") -> str:
@@ -213,8 +154,7 @@ def _parser() -> ArgumentParser:
         epilog=dataset.__doc__,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="a model of open_clip, local-dir:FOLDER or hf-hub:NAME")
-    add("--pretrained", metavar="TAG|FILE", help="a tag of open_clip, or a checkpoint of any training with it")
+    add_model_flags(parser)
     add("--data", required=True, metavar="FILE.csv", help="see below")
     add("--output", metavar="FILE.json", help="write the figures there")
     add("--classes", metavar="FILE.txt", help="names of classes, one per line, for the columns mask and label")
@@ -245,19 +185,15 @@ def _parser() -> ArgumentParser:
     )
     add("--csv-img-key", default="filepath", metavar="COLUMN", help="default: %(default)s")
     add("--csv-caption-key", default="title", metavar="COLUMN", help="default: %(default)s")
-    model = parser.add_argument_group("As in the training of the model")
-    add = model.add_argument
-    add("--force-image-size", type=int, nargs="+", metavar="N")
-    add("--force-context-length", type=int, metavar="N")
-    add("--force-quick-gelu", action="store_true")
-    add("--force-custom-text", action="store_true")
-    add("--cache-dir", metavar="FOLDER", help="for what open_clip downloads")
-    probe = parser.add_argument_group("The fine-grained loss whose dependence on the image is measured")
+    probe = parser.add_argument_group(
+        "The fine-grained loss whose dependence on the image is measured",
+        "Default: as in params.txt of the run, else:",
+    )
     add = probe.add_argument
     add("--sparc-threshold", type=float, metavar="X", help="default: 1 / number of patches")
-    add("--sparc-alignment", choices=ALIGNMENTS, default="sparse", help="default: %(default)s")
+    add("--sparc-alignment", choices=ALIGNMENTS, help="default: sparse")
     add("--sparc-scale", type=float, metavar="X", help="default: the model's logit_scale")
-    add("--sparc-tokens", choices=("words", "all"), default="words", help="default: %(default)s")
+    add("--sparc-tokens", choices=("words", "all"), help="default: words")
     return parser
 
 
