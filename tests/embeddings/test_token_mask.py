@@ -19,6 +19,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from tiny_tokenizers import CONTEXT, WORDS
 
 from sparc_loss.embeddings.token_mask import TokenConventions, token_conventions
+from sparc_loss.evaluation.words import word_positions
+from sparc_loss.show.words import read_caption
 
 simple_tokenizer = lru_cache(partial(SimpleTokenizer, context_length=CONTEXT))
 
@@ -378,6 +380,18 @@ def test_the_words_are_the_first_ids_that_the_tokenizer_gives_without_specials(
         assert everything.sum() == len(ids) + around - (name == "CLIPA")
 
     holds()
+
+
+@pytest.mark.parametrize("name", ["SimpleTokenizer", *HUGGING_FACE])
+def test_mask_words_of_evaluate_and_words_of_show_read_a_tokenizer_alike(
+    hf_tokenizer: Callable[[str], Any], name: str
+) -> None:
+    tokenizer = simple_tokenizer() if name == "SimpleTokenizer" else hf_tokenizer(name)
+    caption = "a red dog runs"
+    shown = [list(word.positions) for word in read_caption(caption, tokenizer).words]
+    assert word_positions(tokenizer, caption) == shown
+    counts = token_conventions(tokenizer).mask(tokenizer([caption]), "words")[0].nonzero().flatten().tolist()
+    assert [position for word in shown for position in word] == counts
 
 
 def clean(tokenizer: Any, caption: str) -> str:

@@ -1,6 +1,7 @@
 """Words out of a tokenizer's pieces."""
 
 import pytest
+import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tiny_tokenizers import CONTEXT, word_level
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -148,3 +149,16 @@ def test_a_slow_tokenizer_is_refused(tmp_path, monkeypatch):
 def test_what_is_no_tokenizer_is_refused():
     with pytest.raises(TypeError, match=r"tokenizer is a str; expected what open_clip.get_tokenizer returns"):
         read_caption("a dog", "ViT-B-32")
+
+
+def test_a_tokenizer_of_another_kind_is_refused():
+    class TikTokenTokenizer:
+        sot_token_id, eot_token_id, pad_token_id = 1, 2, 3
+
+        def __call__(self, texts):
+            return torch.tensor([[1, 5, 2]])
+
+    with pytest.raises(
+        TypeError, match="tokenizer is a TikTokenTokenizer, which does not tell where its pieces stand"
+    ):
+        read_caption("a dog", TikTokenTokenizer())

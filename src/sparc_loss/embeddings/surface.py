@@ -1,8 +1,8 @@
 """`surface_embeddings`: any open_clip model also returns patch and token embeddings while it trains.
 
-The model stays the same object with the same parameters and state_dict; only its class is swapped for a subclass that
-knows how. So checkpoints load in plain open_clip and the other way round, and whatever looks at the model (clamping
-logit_scale, locking towers, gradient checkpointing, isinstance) finds what it expects.
+The model stays the same object with the same parameters and state_dict. Only its class and those of its towers are
+swapped for subclasses that know how. So checkpoints load in plain open_clip and the other way round, and whatever
+looks at the model (clamping logit_scale, locking towers, gradient checkpointing, isinstance) finds what it expects.
 """
 
 import inspect
@@ -13,8 +13,9 @@ from open_clip import CLIP, CoCa, CustomTextCLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparc_loss.embeddings.text import check_text_tower, forward_with_tokens
+from sparc_loss.embeddings.text import check_text_tower, forward_with_tokens, tower_with_tokens
 from sparc_loss.embeddings.token_mask import Tokens, check_tokens, token_conventions
+from sparc_loss.embeddings.towers import SurfacedTower, restore_tower, surface_tower
 from sparc_loss.embeddings.vision import Images, check_vision_tower, forward_with_patches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,8 +41,8 @@ class Surfaced:
         """
         if not self.training or image is None or text is None:
             return super().forward(image, text)
-        image_features, patch_features, _, patch_mask = forward_with_patches(self.visual, image)
-        text_features, token_features = forward_with_tokens(self, text)
+        image_features, patch_features, _, patch_mask = self.visual(image, with_embeddings=True)
+        text_features, token_features = self._text_with_tokens(text)
         output = {
             "image_features": F.normalize(image_features, dim=-1),
             "text_features": F.normalize(text_features, dim=-1),
@@ -51,6 +52,10 @@ class Surfaced:
             # Not the parameter itself: FSDP2 frees it after the forward pass, before the loss.
             output["logit_bias"] = self.logit_bias.clone()
         return output | self._embeddings(patch_features, patch_mask, token_features, text)
+
+    def _text_with_tokens(self, texts: Tensor) -> tuple[Any, Tensor]:
+        """`forward_with_tokens`, by the text tower's own call where there is one."""
+        return forward_with_tokens(self, texts) if isinstance(self, CLIP) else self.text(texts, with_embeddings=True)
 
     def _embeddings(
         self, patch_features: Tensor, patch_mask: Tensor | None, token_features: Tensor, texts: Tensor
@@ -68,7 +73,7 @@ class Surfaced:
         In any mode. With patch dropout, in training mode, P is what is left of height * width, in the order drawn.
         Of NaFlex patches, in the order given and padding among them, the grid is None.
         """
-        _, patches, grid, _ = forward_with_patches(self.visual, images)
+        _, patches, grid, _ = self.visual(images, with_embeddings=True)
         return F.normalize(patches, dim=-1) if normalize else patches, grid
 
     def encode_tokens(self, texts: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
@@ -76,7 +81,7 @@ class Surfaced:
 
         In any mode.
         """
-        _, tokens = forward_with_tokens(self, texts)
+        _, tokens = self._text_with_tokens(texts)
         mask = self._token_conventions.mask(texts, self._tokens)
         return F.normalize(tokens, dim=-1) if normalize else tokens, mask
 
@@ -116,8 +121,8 @@ class SurfacedCoCa(Surfaced, CoCa):
         if not self.training or image is None or text is None or image_latent is not None:
             labels = {"output_labels": output_labels} if COCA_OUTPUTS_LABELS else {}
             return CoCa.forward(self, image, text, image_latent, image_embs, **labels)
-        (image_latent, image_embs), patch_features, _, patch_mask = forward_with_patches(self.visual, image)
-        (text_latent, token_embs), token_features = forward_with_tokens(self, text)
+        (image_latent, image_embs), patch_features, _, patch_mask = self.visual(image, with_embeddings=True)
+        (text_latent, token_embs), token_features = self._text_with_tokens(text)
         output = {
             "image_features": F.normalize(image_latent, dim=-1),
             "text_features": F.normalize(text_latent, dim=-1),
@@ -163,6 +168,9 @@ def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -
         check_model(model)
         model._unsurfaced_output_dict = getattr(model, "output_dict", None)  # CoCa has none
         model.__class__ = SURFACED_CLASSES[type(model)]
+    surface_tower(model.visual, forward_with_patches)
+    if not isinstance(model, CLIP):
+        surface_tower(model.text, tower_with_tokens)
     if model._unsurfaced_output_dict is not None:
         model.output_dict = True
     model._token_conventions = conventions
@@ -171,13 +179,33 @@ def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -
 
 
 def restore(model: Model) -> Model:
-    """Undo `surface_embeddings`: the model's own class and `output_dict` again. A plain model is left alone."""
+    """Undo `surface_embeddings`: the classes and `output_dict` are the model's own again. A plain model is left alone.
+
+    Raises:
+        TypeError: a surfaced model whose class, or a tower's, was replaced since, as `fully_shard` does.
+    """
     if isinstance(model, Surfaced):
-        model.__class__ = next(plain for plain, surfaced in SURFACED_CLASSES.items() if type(model) is surfaced)
+        plain_classes = {surfaced: plain for plain, surfaced in SURFACED_CLASSES.items()}
+        towers = [model.visual, *([] if isinstance(model, CLIP) else [model.text])]
+        for each in (model, *towers):
+            known = type(each) in plain_classes if each is model else _swapped_by_us(each)
+            if not known:
+                raise TypeError(
+                    f"model has the class {type(each).__name__}, made of a surfaced one since (as fully_shard makes "
+                    "one); expected the model as surface_embeddings returned it, or its state_dict in a new model"
+                )
+        for tower in towers:
+            restore_tower(tower)
+        model.__class__ = plain_classes[type(model)]
         if model._unsurfaced_output_dict is not None:
             model.output_dict = model._unsurfaced_output_dict
         del model._unsurfaced_output_dict, model._token_conventions, model._tokens
     return model
+
+
+def _swapped_by_us(tower: nn.Module) -> bool:
+    """Whether the tower has the class that `surface_tower` gave it, or has none of ours."""
+    return not isinstance(tower, SurfacedTower) or SurfacedTower in type(tower).__bases__
 
 
 def check_model(model: nn.Module) -> None:
@@ -196,5 +224,6 @@ def check_model(model: nn.Module) -> None:
 
 
 def _holds_open_clip_model(model: nn.Module) -> bool:
-    children = model.children() if isinstance(model, nn.Module) else ()
-    return any(isinstance(child, (Surfaced, *SURFACED_CLASSES)) for child in children)
+    """At any depth: PEFT's models hold it two levels deep."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(module, (Surfaced, *SURFACED_CLASSES)) for module in modules)

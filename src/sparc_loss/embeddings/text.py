@@ -25,13 +25,17 @@ def forward_with_tokens(model: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
         What the tower itself returns: the pooled feature [B, D], or it and CoCa's text tokens.
         The token embeddings [B, L, D], one for each id; CoCa's class token is left out.
     """
-    if isinstance(model, CLIP):
-        return _clip_text(model, texts)
-    if isinstance(model.text, TextTransformer):
-        return _text_transformer(model.text, texts)
-    if isinstance(model.text, ModernTextTransformer):
-        return _modern_text_transformer(model.text, texts)
-    return _hf_text_encoder(model.text, texts)
+    # CLIP has no text tower to call: it keeps the tower's parts in itself (open_clip/model.py, CLIP.encode_text).
+    return _clip_text(model, texts) if isinstance(model, CLIP) else tower_with_tokens(model.text, texts)
+
+
+def tower_with_tokens(text: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
+    """`forward_with_tokens` of the text tower of a CustomTextCLIP or CoCa."""
+    if isinstance(text, TextTransformer):
+        return _text_transformer(text, texts)
+    if isinstance(text, ModernTextTransformer):
+        return _modern_text_transformer(text, texts)
+    return _hf_text_encoder(text, texts)
 
 
 def check_text_tower(model: nn.Module) -> None:
@@ -50,7 +54,6 @@ def check_text_tower(model: nn.Module) -> None:
 
 
 def _clip_text(model: CLIP, texts: Tensor) -> tuple[Tensor, Tensor]:
-    # CLIP keeps the text tower's parts in itself (open_clip/model.py, CLIP.encode_text).
     dtype = model.transformer.get_cast_dtype()
     tokens = model.token_embedding(texts).to(dtype) + model.positional_embedding.to(dtype)
     tokens = model.ln_final(model.transformer(tokens, attn_mask=model.attn_mask))

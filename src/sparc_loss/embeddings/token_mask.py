@@ -55,6 +55,24 @@ class TokenConventions:
         return counts
 
 
+def hf_tokenizer_of(tokenizer: Any) -> Any | None:
+    """The Hugging Face tokenizer in open_clip's HFTokenizer or SigLipTokenizer; None for one that has none in it.
+
+    Raises:
+        TypeError: neither a Hugging Face `tokenizer` nor `sot_token_id` and `eot_token_id`.
+    """
+    hf_tokenizer = getattr(tokenizer, "tokenizer", None)
+    # First, because from open_clip 4 on HFTokenizer has the other two as well.
+    if hasattr(hf_tokenizer, "pad_token_id"):
+        return hf_tokenizer
+    if hf_tokenizer is None and hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "eot_token_id"):
+        return None
+    raise TypeError(
+        f"tokenizer is a {type(tokenizer).__name__}; expected what open_clip.get_tokenizer returns "
+        "(SimpleTokenizer, HFTokenizer, SigLipTokenizer or TikTokenTokenizer)"
+    )
+
+
 def token_conventions(tokenizer: Any) -> TokenConventions:
     """Read the conventions off an open_clip tokenizer: Simple-, HF-, SigLip- or TikTokenTokenizer.
 
@@ -65,20 +83,14 @@ def token_conventions(tokenizer: Any) -> TokenConventions:
         TypeError: neither `sot_token_id` and `eot_token_id` nor a Hugging Face `tokenizer` in it; or one without a
             padding token.
     """
-    hf_tokenizer = getattr(tokenizer, "tokenizer", None)
-    # From open_clip 4 on HFTokenizer has these two as well.
-    if hf_tokenizer is None and hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "eot_token_id"):
+    hf_tokenizer = hf_tokenizer_of(tokenizer)
+    if hf_tokenizer is None:
         start_id, end_id = tokenizer.sot_token_id, tokenizer.eot_token_id
         special_ids = tuple(sorted({start_id, end_id, *getattr(tokenizer, "all_special_ids", ())}))
         if getattr(tokenizer, "pad_token_id", None) is not None:  # TikTokenTokenizer, which need not write an end
             return TokenConventions(special_ids=special_ids, pad_id=tokenizer.pad_token_id)
         return TokenConventions(special_ids=special_ids, end_id=end_id)
 
-    if not hasattr(hf_tokenizer, "pad_token_id"):
-        raise TypeError(
-            f"tokenizer is a {type(tokenizer).__name__}; expected what open_clip.get_tokenizer returns "
-            "(SimpleTokenizer, HFTokenizer, SigLipTokenizer or TikTokenTokenizer)"
-        )
     pad_id = hf_tokenizer.pad_token_id
     if pad_id is None:
         raise TypeError(f"tokenizer {type(hf_tokenizer).__name__} has no pad_token_id; expected one that pads")

@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 import regex
+from open_clip.tokenizer import SimpleTokenizer, basic_clean, canonicalize_text
 
-from sparc_loss.embeddings.token_mask import token_conventions
+from sparc_loss.embeddings.token_mask import hf_tokenizer_of, token_conventions
 
 # Written without spaces between words: each character is a word of its own, unless a piece holds several.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -79,13 +80,20 @@ def read_caption(caption: str, tokenizer: Any) -> Caption:
     conventions = token_conventions(tokenizer)
     texts = tokenizer([caption])
     positions = conventions.mask(texts, "words")[0].nonzero().flatten().tolist()
-    text = tokenizer.clean_fn(caption)
-    make = _simple_pieces if hasattr(tokenizer, "sot_token_id") else _hf_pieces
-    pieces = [piece for piece in make(text, tokenizer) if piece.token_id not in conventions.special_ids]
+    hf_tokenizer = hf_tokenizer_of(tokenizer)
+    if hf_tokenizer is None and not isinstance(tokenizer, SimpleTokenizer):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}, which does not tell where its pieces stand; expected "
+            "SimpleTokenizer, or one around a fast Hugging Face tokenizer"
+        )
+    # SigLipTokenizer has no clean_fn: it always does this.
+    clean = getattr(tokenizer, "clean_fn", lambda text: canonicalize_text(basic_clean(text)))
+    text = clean(caption)
+    found = _simple_pieces(text, tokenizer) if hf_tokenizer is None else _hf_pieces(text, hf_tokenizer)
+    pieces = [piece for piece in found if piece.token_id not in conventions.special_ids]
 
     # Where the context ends, the model reads the first pieces; few tokenizers keep the last.
-    inner = getattr(tokenizer, "tokenizer", None)
-    skipped = len(pieces) - len(positions) if getattr(inner, "truncation_side", "right") == "left" else 0
+    skipped = len(pieces) - len(positions) if getattr(hf_tokenizer, "truncation_side", "right") == "left" else 0
     seen = pieces[skipped : skipped + len(positions)]
     if skipped < 0 or [piece.token_id for piece in seen] != texts[0, positions].tolist():
         raise ValueError(
@@ -140,8 +148,7 @@ def _simple_pieces(text: str, tokenizer: Any) -> list[_Piece]:
     return pieces
 
 
-def _hf_pieces(text: str, tokenizer: Any) -> list[_Piece]:
-    hf_tokenizer = tokenizer.tokenizer
+def _hf_pieces(text: str, hf_tokenizer: Any) -> list[_Piece]:
     if not hf_tokenizer.is_fast:
         raise TypeError(
             f"tokenizer is a slow one ({type(hf_tokenizer).__name__}), which does not tell where its pieces stand; "

@@ -1,0 +1,47 @@
+"""Towers that return their local embeddings from their own call.
+
+The class of a tower is swapped for a subclass whose forward takes `with_embeddings=True`. So forward hooks of the
+tower fire, `fully_shard(model.visual)` gathers its parameters for everything that uses them, and
+`model.visual.compile()` is used. Without the keyword the tower does what open_clip's does.
+
+Given the keyword, a tower returns a tuple. Its first entry is what the plain call returns. Forward hooks see the
+tuple, as they do where open_clip's `output_tokens` is set. All tensors with a gradient are in it, because FSDP2
+watches what a module returns.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class SurfacedTower:
+    """Mixed in before the tower's own class."""
+
+    plain_class: type[nn.Module]
+    """The class that `restore_tower` gives back."""
+
+
+def surface_tower(tower: nn.Module, forward_with_embeddings: Callable[..., tuple]) -> None:
+    """Let a tower's call return `forward_with_embeddings(tower, inputs)` where it is given `with_embeddings=True`."""
+    if not isinstance(tower, SurfacedTower):
+        tower.__class__ = _surfaced_class(type(tower), forward_with_embeddings)
+
+
+def restore_tower(tower: nn.Module) -> None:
+    """Give a tower its own class back."""
+    if isinstance(tower, SurfacedTower):
+        tower.__class__ = tower.plain_class
+
+
+@functools.cache
+def _surfaced_class(plain: type[nn.Module], forward_with_embeddings: Callable[..., tuple]) -> type[nn.Module]:
+    def forward(self: nn.Module, *inputs: Any, with_embeddings: bool = False, **named: Any) -> Any:
+        return forward_with_embeddings(self, *inputs) if with_embeddings else plain.forward(self, *inputs, **named)
+
+    name = f"Surfaced{plain.__name__}"
+    members = {"forward": forward, "plain_class": plain, "__module__": __name__, "__qualname__": name}
+    surfaced = type(name, (SurfacedTower, plain), members)
+    globals()[name] = surfaced  # where pickle looks for it
+    return surfaced
