@@ -5,6 +5,7 @@ import http.server
 import json
 import logging
 import math
+import shutil
 import threading
 
 import pytest
@@ -194,6 +195,29 @@ def test_trains(folder, flags):
 def test_validation_data_is_evaluated_by_the_models_own_forward(folder):
     log = train(folder, "--val-data", str(folder / "val.csv"), name="val")
     assert "image_to_text_R@1" in log
+
+
+FEW_CLASSES = """
+import sys
+from open_clip_train import zero_shot
+from sparc_loss.train import main
+
+zero_shot.IMAGENET_CLASSNAMES = zero_shot.IMAGENET_CLASSNAMES[:6]
+zero_shot.OPENAI_IMAGENET_TEMPLATES = zero_shot.OPENAI_IMAGENET_TEMPLATES[:2]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_zero_shot_classification_after_an_epoch_does_not_cost_its_checkpoint(folder):
+    """With numpy 2.4 and newer open_clip's own accuracy fails."""
+    for index in range(6):
+        (folder / "imagenet" / str(index)).mkdir(parents=True)
+        shutil.copy(folder / f"val{index}.png", folder / "imagenet" / str(index))
+    flags = ("--loss", "sparc", "--imagenet-val", str(folder / "imagenet"), "--zeroshot-frequency", "1")
+    finished = run_python("-c", FEW_CLASSES, *data_flags(folder, name="zero-shot"), *flags)
+    assert finished.returncode == 0, finished.stdout
+    assert "imagenet-zeroshot-val-top1" in finished.stdout
+    assert checkpoint_path(folder, "zero-shot").exists()
 
 
 def test_distills_from_a_teacher(folder):

@@ -89,7 +89,11 @@ class Embeddings:
 
 def read_images(scenes: Annotations, preprocess: Any) -> Tensor:
     """The split's images [N, 3, H, W], as the model takes them."""
-    return torch.stack([preprocess(Image.open(path)) for path in scenes.images])
+    pixels = []
+    for path in scenes.images:
+        with Image.open(path) as image:
+            pixels.append(preprocess(image))
+    return torch.stack(pixels)
 
 
 @torch.no_grad()

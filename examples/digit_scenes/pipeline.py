@@ -104,7 +104,9 @@ def _train(name: str, run: Path, data: Path, model: Path, epochs: int, flags: Se
         *flags,
     ]
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        ) as process,
         tqdm(desc=f"train {name}", unit="pair") as progress,
     ):
         for line in process.stdout:

@@ -157,7 +157,8 @@ def _training_images(data: Path) -> Tensor:
 
 
 def _pixels(path: Path) -> Tensor:
-    image = Image.open(path).convert("RGB")
+    with Image.open(path) as file:
+        image = file.convert("RGB")
     return (
         torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         .view(image.height, image.width, 3)

@@ -104,7 +104,7 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
         is_csv = args.dataset_type == "csv" or (args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv")))
         if path and is_csv and rank == 0:
             pairs = _check_csv(parser, args, flag, path)
-            if flag == "--train-data" and not getattr(args, "use_naflex", False):
+            if pairs is not None and flag == "--train-data" and not getattr(args, "use_naflex", False):
                 _check_steps(parser, args, pairs, world_size)
     _check_checkpoint(parser, args, log.parent)
     if args.loss_dist_impl in registered_losses():
@@ -155,25 +155,32 @@ def _with_ranks(args: Namespace) -> Namespace:
     return Namespace(**{**vars(args), **ranks})
 
 
-def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> int:
-    """Refuse a CSV that training cannot read, and warn of captions that it misreads; the number of its pairs."""
-    from sparc_loss.evaluation.pairs_csv import DataError, missing_captions, read_columns, read_pairs
+def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> int | None:
+    """Refuse a CSV that training cannot read, and warn of captions that it misreads.
 
+    Returns:
+        The number of its pairs; None for an address that cannot be read here, which is left to open_clip.
+    """
+    from sparc_loss.evaluation.pairs_csv import DataError, missing_captions, read_table
+
+    is_remote = "://" in path and not path.startswith("file://")
     if "://" not in path and not Path(path).expanduser().is_file():
         parser.error(f"argument {flag}: there is no file {path!r}; expected a CSV file")
     try:
-        columns = read_columns(path, args.csv_separator)
-        for key_flag, key in (("--csv-img-key", args.csv_img_key), ("--csv-caption-key", args.csv_caption_key)):
-            if key not in columns:
-                parser.error(
-                    f"argument {key_flag}: {path} has no column {key!r}; expected one of "
-                    f"{', '.join(map(repr, columns))} (columns are separated by {args.csv_separator!r}, see "
-                    "--csv-separator)"
-                )
-        table = read_pairs(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
-        warning = missing_captions(table, path, args.csv_separator, args.csv_caption_key)
+        table = read_table(path, args.csv_separator)
     except DataError as error:
-        parser.error(f"argument {flag}: {error}")
+        if not is_remote:
+            parser.error(f"argument {flag}: {error}")
+        print(f"{PROG}: warning: argument {flag}: {error}; it is left to open_clip", file=sys.stderr)
+        return None
+    for key_flag, key in (("--csv-img-key", args.csv_img_key), ("--csv-caption-key", args.csv_caption_key)):
+        if key not in table.columns:
+            columns = ", ".join(repr(str(column)) for column in table.columns)
+            parser.error(
+                f"argument {key_flag}: {path} has no column {key!r}; expected one of {columns} (columns are separated "
+                f"by {args.csv_separator!r}, see --csv-separator)"
+            )
+    warning = missing_captions(table, path, args.csv_separator, args.csv_caption_key)
     if warning is not None:
         print(f"{PROG}: warning: {warning}", file=sys.stderr)
     return len(table)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from examples.digit_scenes import captions, dataset, scenes
 from examples.digit_scenes.dataset import read_annotations, read_captions, write_dataset
-from examples.digit_scenes.evaluation_csv import CLASSES, write_evaluation_csv
+from examples.digit_scenes.evaluation_csv import CLASSES, swapped_captions, write_evaluation_csv
 from examples.digit_scenes.model import CONTEXT_LENGTH, WEIGHTS, warm_start, write_model
 from examples.digit_scenes.scenes import generate_scene
 from sparc_loss import surface_embeddings
@@ -254,6 +255,19 @@ class TestEvaluationCsv:
             assert len(words) == 2
             assert words[0] == words[1][::-1]
             assert set(words[0]) <= set(scenes.COLOURS)
+
+    def test_colours_of_two_objects_of_one_kind_are_not_swapped(self):
+        """The swapped caption would be true of the same image."""
+        seven, other, star = (
+            SimpleNamespace(colour=colour, kind=kind, words={"colour": word})
+            for colour, kind, word in (("red", "seven", 1), ("blue", "seven", 4), ("green", "star", 7))
+        )
+        caption = "a red seven, a blue seven, a green star"
+        scenes = SimpleNamespace(captions=[caption] * 3, objects=[(seven, other), (seven, other, star), (seven, star)])
+        assert swapped_captions(scenes) == {
+            1: "a green seven, a blue seven, a red star",
+            2: "a green seven, a blue seven, a red star",
+        }
 
     def test_without_annotations_nothing_is_written(self, data):
         with pytest.raises(FileNotFoundError):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from generations import GENERATION
 from open_clip_train import main as open_clip_main
+from open_clip_train import zero_shot
 
 from sparc_loss.integration.hooks import hooked
 
@@ -70,3 +71,25 @@ def test_a_second_run_inside_the_first_is_refused(plugin):
         hooked(lambda argv: Namespace(), plugin),
     ):
         pass
+
+
+def failing_accuracy(output, target, topk=(1,)):
+    raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+
+def test_the_zero_shot_accuracy_is_replaced_only_where_it_fails(monkeypatch):
+    def working_accuracy(output, target, topk=(1,)):
+        return [1.0]
+
+    for accuracy, replaced in ((working_accuracy, False), (failing_accuracy, True)):
+        monkeypatch.setattr(zero_shot, "accuracy", accuracy)
+        with hooked(lambda argv: Namespace(), None):
+            assert (zero_shot.accuracy is not accuracy) == replaced
+        assert zero_shot.accuracy is accuracy
+
+
+def test_the_repaired_zero_shot_accuracy_counts_the_targets_among_the_highest(monkeypatch):
+    monkeypatch.setattr(zero_shot, "accuracy", failing_accuracy)
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.2], [0.8, 0.1, 0.2, 0.3], [0.0, 0.1, 0.2, 0.3]])
+    with hooked(lambda argv: Namespace(), None):
+        assert zero_shot.accuracy(scores, torch.tensor([2, 0, 1]), topk=(1, 2, 3)) == [1, 2, 3]

@@ -74,6 +74,15 @@ def test_the_options_reach_the_weights(folder):
     np.testing.assert_allclose(data["weights"], pair.weights.flatten(1), rtol=1e-3)
 
 
+def test_the_locale_need_not_be_utf_8(folder):
+    """The page's parts are read, and the page is written, in UTF-8."""
+    argv = ["show", str(folder / "dog.png"), "süß!", *arguments(folder, output="locale.html")[2:]]
+    code = f"import sys; from sparc_loss.cli import main; sys.exit(main({ascii(argv)}))"
+    finished = run_python("-c", code, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert finished.returncode == 0, finished.stdout
+    assert "süß" in (folder / "locale.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("suffix", ["pdf", "svg", "PNG"])
 def test_pictures_are_in_the_format_of_their_name(folder, suffix):
     assert main([*arguments(folder, output=f"words.{suffix}"), "--smooth"]) == 0

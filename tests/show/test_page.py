@@ -1,5 +1,8 @@
 """The page, as it is written and as a browser shows it."""
 
+import base64
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -34,6 +37,30 @@ def test_nothing_of_a_caption_or_title_is_markup():
 def test_it_holds_nothing_that_a_browser_would_fetch():
     page = alignment_page([pair()])
     assert re.findall(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?:""", page) == []
+
+
+def test_the_browser_may_run_the_pages_own_script_and_fetch_nothing():
+    page = alignment_page([pair()])
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy"\s+content="([^"]*)"', page)
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+
+    def digest(content):
+        return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+    assert html.unescape(policy) == (
+        f"default-src 'none'; img-src data:; style-src '{digest(style)}'; script-src '{digest(script)}'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "extent"), [((16, 30), [1, 1]), ((20, 40), [0.8, 0.75]), ((16, 25), [1, 1.2])], ids=str
+)
+def test_the_grid_covers_its_share_of_the_image(size, extent):
+    """Two rows of patches 8 pixels high, three columns 10 pixels wide."""
+    page = alignment_page([replace(pair(), pixels=np.zeros((*size, 3), np.uint8))])
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    assert json.loads(data)["extent"] == pytest.approx(extent)
 
 
 def test_the_same_pairs_give_the_same_page():

@@ -148,12 +148,14 @@ def read_image(path: Path) -> "Image.Image":
     from PIL import Image  # comes with open_clip, without which the command still says what it lacks
 
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
+            return image.copy()  # a file of several frames would stay open
+    except MemoryError:
+        raise
     # What Pillow raises for a broken file depends on its format; for very many pixels, a DecompressionBombError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
-    return image
 
 
 def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Tensor:

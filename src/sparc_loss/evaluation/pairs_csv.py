@@ -32,26 +32,37 @@ def read_pairs(
     Raises:
         DataError: it cannot be read, or one of the first two columns is missing.
     """
-    columns = read_columns(path, separator)
+    table = read_table(path, separator)
+    columns = [str(column) for column in table.columns]
     for key in (image_key, caption_key):
         if key not in columns:
             raise DataError(f"{path} has the columns {', '.join(columns) or 'none'}; expected {key} among them")
-    table = _read(path, separator)
     present = [column for column in further if column in columns]
     if present:
         # As written: pandas would read a text like NA as missing, and digits as a number.
-        written = _read(path, separator, usecols=present, dtype=str, keep_default_na=False).fillna("")
+        written = read_table(path, separator, usecols=present, dtype=str, keep_default_na=False).fillna("")
         table[present] = written[present].astype(object)
     return table
 
 
-def read_columns(path: str | Path, separator: str) -> list[str]:
-    """The names of the columns.
+def read_table(path: str | Path, separator: str, **options: Any) -> "DataFrame":
+    """What `pandas.read_csv` makes of a file with these options; an empty table of an empty file.
 
     Raises:
         DataError: it cannot be read.
     """
-    return [str(column) for column in _read(path, separator, nrows=0).columns]
+    import warnings
+
+    import pandas
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pandas.errors.ParserWarning)  # a separator of several characters is slow
+            return pandas.read_csv(path, sep=separator, **options)
+    except pandas.errors.EmptyDataError:
+        return pandas.DataFrame()
+    except (OSError, ValueError, ImportError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def separator_of(path: str | Path) -> str:
@@ -60,7 +71,7 @@ def separator_of(path: str | Path) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    return "\t" if len(read_columns(path, "\t")) > 1 else ","
+    return "\t" if len(read_table(path, "\t", nrows=0).columns) > 1 else ","
 
 
 def missing_captions(table: "DataFrame", path: str | Path, separator: str, caption_key: str) -> str | None:
@@ -68,7 +79,7 @@ def missing_captions(table: "DataFrame", path: str | Path, separator: str, capti
     missing = table[caption_key].isna()
     if not missing.any():
         return None
-    written = _read(path, separator, usecols=[caption_key], dtype=str, keep_default_na=False)[caption_key]
+    written = read_table(path, separator, usecols=[caption_key], dtype=str, keep_default_na=False)[caption_key]
     cells = ", ".join(repr(cell) for cell in sorted(set(written[missing].tolist()))[:5])
     first = line_of(table, missing.tolist().index(True))
     return (
@@ -82,18 +93,3 @@ def line_of(table: "DataFrame", row: int) -> int:
     texts = table.iloc[:row].select_dtypes(include=["object", "string"])
     breaks = sum(str(cell).count("\n") for column in texts for cell in texts[column])
     return row + 2 + breaks
-
-
-def _read(path: str | Path, separator: str, **options: Any) -> "DataFrame":
-    import warnings
-
-    import pandas
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pandas.errors.ParserWarning)  # a separator of several characters is slow
-            return pandas.read_csv(path, sep=separator, **options)
-    except pandas.errors.EmptyDataError:
-        return pandas.DataFrame()
-    except (OSError, ValueError, ImportError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error

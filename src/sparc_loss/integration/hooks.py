@@ -11,6 +11,8 @@ from unittest.mock import patch
 import open_clip
 import torch
 from open_clip_train import main as open_clip_main
+from open_clip_train import zero_shot
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sparc_loss.integration.guard import training_goes_on
@@ -29,6 +31,7 @@ def hooked(
     create_loss (`open_clip_3.py`) or create_task (`open_clip_4.py`).
     An open_clip with the patch from patches/ calls the plug-in itself: there, the latter two are left.
     If the plug-in has a `before_epoch`, `after_epoch` or `try_after_epoch`: train_one_epoch, by itself between these.
+    Replaced in `open_clip_train.zero_shot`: accuracy, where numpy 2.4 or newer makes it fail (`_working_accuracy`).
     Replaced in torch.nn.parallel: DistributedDataParallel, by a subclass that drops `device_ids` on the CPU, where
     open_clip passes some and torch refuses them.
 
@@ -61,6 +64,7 @@ def hooked(
         names["train_one_epoch"] = _with_epoch_calls(plugin, of_this_generation.of_epoch)
     with (
         patch.multiple(open_clip_main, **names),
+        patch.object(zero_shot, "accuracy", _working_accuracy()),
         patch.object(torch.nn.parallel, "DistributedDataParallel", _DistributedDataParallel),
     ):
         yield open_clip_main.main
@@ -104,6 +108,26 @@ def _with_epoch_calls(plugin: LossPlugin, of_epoch: Callable[[dict[str, Any]], E
                 plugin.after_epoch(epoch.model, epoch.data, epoch.done + 1, epoch.args, epoch.tb_writer)
 
     return train_between_calls
+
+
+def _working_accuracy() -> Callable[..., list[float]]:
+    """open_clip's own accuracy, or a replacement where it fails.
+
+    open_clip 3.3 makes a number of an array of one element by float(), which numpy refuses from 2.4 on: --imagenet-val
+    would end the run after its first epoch, before the checkpoint is written.
+    """
+    try:
+        zero_shot.accuracy(torch.eye(2), torch.arange(2), topk=(1,))
+    except TypeError:
+        return functools.wraps(zero_shot.accuracy)(_accuracy)
+    return zero_shot.accuracy
+
+
+def _accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """How many of `target` [B] are among the k highest of `output` [B, C], for each k."""
+    highest = output.topk(max(topk), dim=1).indices
+    found = highest == target[:, None]
+    return [found[:, :k].sum().item() for k in topk]
 
 
 class _DistributedDataParallel(DistributedDataParallel):
