@@ -77,7 +77,7 @@ def test_the_options_reach_the_weights(folder):
 def test_the_locale_need_not_be_utf_8(folder):
     """The page's parts are read, and the page is written, in UTF-8."""
     argv = ["show", str(folder / "dog.png"), "süß!", *arguments(folder, output="locale.html")[2:]]
-    code = f"import sys; from sparc_loss.cli import main; sys.exit(main({ascii(argv)}))"
+    code = f"import sys; from sparc_loss.cli import main; sys.exit(main({argv!a}))"
     finished = run_python("-c", code, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     assert finished.returncode == 0, finished.stdout
     assert "süß" in (folder / "locale.html").read_text(encoding="utf-8")
