@@ -48,11 +48,11 @@ class SparcLoss(Objective):
         image_contrastive_weight: of that contrast. 0 skips its work. Its settings are those of the fine-grained half.
         implementation: "eager" takes the plain functions of `sparc_loss.functional`, differentiable to any order and
             compiled without a graph break; "fused" takes `sparc_loss.fused`, cheaper, with first derivatives only and
-            a graph break under torch.compile. "auto" takes "fused" on the CPU, and on CUDA for `image_negatives`, whose
-            plain form needs much memory. For the fine-grained loss on CUDA it takes "eager", because the host waits in
-            the fused one: beside a ViT-B/16 step of 256 pairs on an H100, eager adds 3.4 % of time and fused 10 %. It
-            also takes "eager" on other devices, in torch.compile, torch.func and forward-mode differentiation. It
-            logs each choice once, at debug level.
+            a graph break under torch.compile. "auto" takes "fused" on the CPU, and on CUDA for the contrast with
+            other images, whose plain form needs much memory. It takes "eager" for the fine-grained loss on CUDA,
+            because the host waits in the fused one: beside a ViT-B/16 step of 256 pairs on an H100, eager adds 3.4 %
+            of time and fused 10 %. It also takes "eager" on other devices, in torch.compile, torch.func and
+            forward-mode differentiation. It logs each choice once, at debug level.
         global_loss: a module called like open_clip's losses and returning a dict with `contrastive_loss`, such as
             SigLipLoss or CoCaLoss; its other terms pass through unweighted. None makes a ClipLoss.
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
