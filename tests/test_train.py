@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import threading
+from argparse import ArgumentParser, Namespace
 
 import pytest
 import torch
@@ -388,3 +389,32 @@ def test_help_shows_our_flags_in_a_group_and_open_clips_own():
     assert "SPARC:" in finished.stdout
     assert "--sparc-fine-grained-weight" in finished.stdout
     assert "--train-data" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("most_recent", "there", "refused"),
+    [
+        (True, {"epoch_2.pt": False}, None),  # not the one that is resumed: open_clip starts from the beginning
+        (True, {"epoch_latest.pt": False, "epoch_2.pt": True}, "epoch_latest.pt"),
+        (True, {"epoch_latest.pt": True, "epoch_2.pt": False}, None),
+        (False, {"epoch_1.pt": True, "epoch_2.pt": False}, "epoch_2.pt"),
+        (False, {"epoch_1.pt": False, "epoch_2.pt": True}, None),
+        (False, {}, None),
+    ],
+)
+def test_the_checkpoint_that_resume_latest_takes_is_the_one_that_is_checked(
+    tmp_path, capsys, most_recent, there, refused
+):
+    (tmp_path / "checkpoints").mkdir()
+    for name, is_whole in there.items():
+        path = tmp_path / "checkpoints" / name
+        torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
+        if not is_whole:
+            path.write_bytes(path.read_bytes()[:1000])
+    args = Namespace(resume="latest", remote_sync=None, save_most_recent=most_recent)
+    if refused is None:
+        launcher._check_checkpoint(ArgumentParser(), args, tmp_path)
+        return
+    with pytest.raises(SystemExit):
+        launcher._check_checkpoint(ArgumentParser(), args, tmp_path)
+    assert f"{refused} is truncated or corrupt" in capsys.readouterr().err
