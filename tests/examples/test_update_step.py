@@ -88,6 +88,7 @@ ALL_PAIRS = {FilipLoss: update_step.filip_cost, PaclLoss: update_step.pacl_cost,
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_formulas_of_the_all_pairs_objectives_are_what_is_counted(rival, ranks: int, monkeypatch) -> None:
     monkeypatch.setattr(all_pairs, "BLOCK_NUMBERS", 200)
+    monkeypatch.setattr(all_pairs, "padded_to_longest", lambda features, mask, ranks: (features, mask))
     monkeypatch.setattr(all_pairs, "gathered", lambda tensor, ranks: torch.cat([tensor] * ranks))
     step = step_of(rival(global_weight=0.0), 6, ranks, patches=10, length=7, tokens=5, dim=8)
     with FlopCounterMode(display=False) as counter:
@@ -102,6 +103,7 @@ def test_the_memory_of_the_all_pairs_objectives_is_about_what_is_allocated(
     rival, ranks: int, dim: int, block: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(all_pairs, "BLOCK_NUMBERS", block)
+    monkeypatch.setattr(all_pairs, "padded_to_longest", lambda features, mask, ranks: (features, mask))
     monkeypatch.setattr(
         all_pairs, "gathered", lambda t, n: torch.cat([t] * n) if t.dtype == torch.bool else Gathered.apply(t, n)
     )

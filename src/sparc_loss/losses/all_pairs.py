@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparc_loss._validation import check_mask
-from sparc_loss.functional import zero_where_masked
 
 BLOCK_NUMBERS = 2**24
 """The most numbers in one tensor of a block: 64 MiB in float32, of which a block holds a few."""
@@ -28,19 +27,15 @@ Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 mask [I, P], tokens [C, L, D] and token mask [C, L]; every row of a mask has at least one True."""
 
 
-def checked_inputs(
+def check_masks(
     name: str,
     patch_features: Tensor,
     token_features: Tensor,
     token_mask: Tensor,
     patch_mask: Tensor | None,
     region_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the inputs of an objective without regions, `name`.
-
-    Returns:
-        patch_features [B, P, D] and token_features [B, L, D], zero where masked, so that what stands there reaches no
-        product; and the patch mask, bool [B, P], all True where it is None.
+) -> Tensor:
+    """Check the masks of an objective without regions, `name`; the patch mask, bool [B, P], all True where None.
 
     Raises:
         TypeError: a mask not bool.
@@ -52,12 +47,10 @@ def checked_inputs(
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
     if region_mask is not None:
         raise ValueError(f"region_mask is given; expected None: {name} lets every token use every patch")
-    token_features = zero_where_masked(token_features, token_mask)
     if patch_mask is None:
-        patch_mask = torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
-        return patch_features, token_features, patch_mask
+        return torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
     check_mask("patch_mask", patch_mask, patch_features.shape[:2], "b p", patch_features.device)
-    return zero_where_masked(patch_features, patch_mask), token_features, patch_mask
+    return patch_mask
 
 
 def all_pairs_loss(
@@ -87,7 +80,7 @@ def all_pairs_loss(
         Scalar, float32 (float64 if a feature is).
     """
     counts = gathered(token_mask.any(dim=1) & patch_mask.any(dim=1), world_size)
-    token_features, token_mask = _padded_to_longest(token_features, token_mask, world_size)
+    token_features, token_mask = padded_to_longest(token_features, token_mask, world_size)
     tokens, token_mask = gathered(token_features, world_size), gathered(token_mask, world_size)
     scores = all_pairs_scores(score, patch_features, patch_mask, tokens, token_mask)
     scores = gathered(rearrange(scores, "way i c -> i way c"), world_size)
@@ -149,7 +142,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0).sum(dim=-1) / mask.sum(dim=-1)
 
 
-def _padded_to_longest(token_features: Tensor, token_mask: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
+def padded_to_longest(token_features: Tensor, token_mask: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
     """Tokens [B, L, D] and mask [B, L] with masked zeros at the end, so that L is the same on each rank."""
     if world_size == 1:
         return token_features, token_mask

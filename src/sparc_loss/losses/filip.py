@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from sparc_loss._validation import check_number
-from sparc_loss.functional import _einsum, _l2_normalised
-from sparc_loss.losses.all_pairs import all_pairs_loss, checked_inputs, masked_mean
+from sparc_loss.functional import _einsum, _l2_normalised, zero_where_masked
+from sparc_loss.losses.all_pairs import all_pairs_loss, check_masks, masked_mean
 from sparc_loss.losses.objective import Objective
 
 
@@ -76,9 +76,10 @@ class FilipLoss(Objective):
         **_: Tensor,
     ) -> Tensor:
         """Late interaction of all pairs on all ranks, a scalar."""
-        patch_features, token_features, patch_mask = checked_inputs(
-            "FilipLoss", patch_features, token_features, token_mask, patch_mask, region_mask
-        )
+        usable_patches = check_masks("FilipLoss", patch_features, token_features, token_mask, patch_mask, region_mask)
+        patch_features = zero_where_masked(patch_features, patch_mask)
+        token_features = zero_where_masked(token_features, token_mask)
+        patch_mask = usable_patches
         if self.training and self.token_dropping > 0:
             patch_mask = with_dropped(patch_mask, self.token_dropping)
             token_mask = with_dropped(token_mask, self.token_dropping)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from sparc_loss.functional import _einsum, _full_precision, _l2_normalised
-from sparc_loss.losses.all_pairs import all_pairs_loss, checked_inputs
+from sparc_loss.functional import _einsum, _full_precision, _l2_normalised, zero_where_masked
+from sparc_loss.losses.all_pairs import all_pairs_loss, check_masks
 from sparc_loss.losses.objective import Objective, check_positive
 
 
@@ -70,9 +70,10 @@ class GloriaLoss(Objective):
         **_: Tensor,
     ) -> Tensor:
         """Contrast by attention of all pairs on all ranks, a scalar."""
-        patch_features, token_features, patch_mask = checked_inputs(
-            "GloriaLoss", patch_features, token_features, token_mask, patch_mask, region_mask
-        )
+        usable_patches = check_masks("GloriaLoss", patch_features, token_features, token_mask, patch_mask, region_mask)
+        patch_features = zero_where_masked(patch_features, patch_mask)
+        token_features = zero_where_masked(token_features, token_mask)
+        patch_mask = usable_patches
 
         def score(patches: Tensor, patch_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
             match = attention_match(patches, patch_mask, tokens, token_mask, self.matching_scale)

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparc_loss._validation import check_features, check_number
-from sparc_loss.functional import autocast_disabled, sequence_contrastive_loss
-from sparc_loss.losses.all_pairs import checked_inputs, gathered
+from sparc_loss.functional import autocast_disabled, sequence_contrastive_loss, zero_where_masked
+from sparc_loss.losses.all_pairs import check_masks, gathered
 from sparc_loss.losses.objective import Objective, check_positive, zero_of
 
 FURTHER_INPUTS = ("attended_patches", "attended_tokens", "image_prototype_logits", "text_prototype_logits")
@@ -107,9 +107,7 @@ class MgcaLoss(Objective):
         **_: Tensor,
     ) -> Tensor:
         """Token alignment of this rank's pairs, a scalar: the mean over ranks is that of the whole batch."""
-        patch_features, token_features, patch_mask = checked_inputs(
-            "MgcaLoss", patch_features, token_features, token_mask, patch_mask, region_mask
-        )
+        patch_mask = check_masks("MgcaLoss", patch_features, token_features, token_mask, patch_mask, region_mask)
         token_counts = token_mask & patch_mask.any(dim=1, keepdim=True)
         patch_counts = patch_mask & token_mask.any(dim=1, keepdim=True)
         by_token = sequence_contrastive_loss(attended_patches, token_features, token_counts, logit_scale, "sample")
@@ -233,9 +231,10 @@ class MgcaHeads(nn.Module):
             patch_features=patch_features,
             token_features=token_features,
         )
-        patch_features, token_features, patch_mask = checked_inputs(
-            "MgcaHeads", patch_features, token_features, token_mask, patch_mask, None
-        )
+        usable_patches = check_masks("MgcaHeads", patch_features, token_features, token_mask, patch_mask, None)
+        patch_features = zero_where_masked(patch_features, patch_mask)
+        token_features = zero_where_masked(token_features, token_mask)
+        patch_mask = usable_patches
         dtype = self.prototypes.dtype
         with autocast_disabled(patch_features.device):
             patches, tokens = patch_features.to(dtype), token_features.to(dtype)

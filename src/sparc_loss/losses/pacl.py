@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sparc_loss._validation import check_choice, check_features
-from sparc_loss.functional import _einsum, _full_precision, _l2_normalised
-from sparc_loss.losses.all_pairs import all_pairs_loss, checked_inputs
+from sparc_loss.functional import _einsum, _full_precision, _l2_normalised, zero_where_masked
+from sparc_loss.losses.all_pairs import all_pairs_loss, check_masks
 from sparc_loss.losses.objective import Objective
 
 Weighting = Literal["cosine", "sigmoid", "softmax"]
@@ -81,9 +81,9 @@ class PaclLoss(Objective):
     ) -> Tensor:
         """Contrast by pooled patches of all pairs on all ranks, a scalar."""
         check_features("b d, b p d", text_features=text_features, patch_features=patch_features)
-        patch_features, token_features, patch_mask = checked_inputs(
-            "PaclLoss", patch_features, token_features, token_mask, patch_mask, region_mask
-        )
+        usable_patches = check_masks("PaclLoss", patch_features, token_features, token_mask, patch_mask, region_mask)
+        patch_features = zero_where_masked(patch_features, patch_mask)
+        patch_mask = usable_patches
 
         def score(patches: Tensor, patch_mask: Tensor, texts: Tensor, text_mask: Tensor) -> Tensor:
             return pooled_cosine(patches, patch_mask, texts[:, 0], self.weighting).expand(2, -1, -1)
