@@ -345,9 +345,9 @@ def draw(results: dict, path: Path) -> None:
         axis.legend(fontsize="small")
 
     *steps, model = results["table11"]
-    rivals = [row for row in steps if row["objective"] != "CLIP"]
-    for number, objective in enumerate(dict.fromkeys(row["objective"] for row in rivals)):
-        rows = [row for row in rivals if row["objective"] == objective]
+    baselines = [row for row in steps if row["objective"] != "CLIP"]
+    for number, objective in enumerate(dict.fromkeys(row["objective"] for row in baselines)):
+        rows = [row for row in baselines if row["objective"] == objective]
         shares = [100 * row["over_clip"] for row in rows]
         axes[1, 0].plot([row["batch_size"] for row in rows], shares, marker="o", color=f"C{number}", label=objective)
         theirs = [row for row in rows if row["paper"] and row["paper_over_clip"] > 0]

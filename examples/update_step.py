@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparc_loss import fused, surface_embeddings
+from sparc_loss import surface_embeddings
+from sparc_loss.fused.groups import CPU_CHUNK_BYTES
 from sparc_loss.losses import all_pairs
 
 PAPER = {  # batch size -> objective -> (TFLOPs, peak MB) of one device
@@ -78,7 +79,7 @@ def fine_grained_cost(sizes: Sizes) -> Cost:
     tokens = sizes.pairs * sizes.tokens
     return Cost(
         (12 * sizes.patches + 6 * sizes.tokens) * tokens * sizes.dim,
-        sizes.bytes_each * sizes.pairs * (sizes.patches + sizes.length) * sizes.dim + fused.CPU_CHUNK_BYTES,
+        sizes.bytes_each * sizes.pairs * (sizes.patches + sizes.length) * sizes.dim + CPU_CHUNK_BYTES,
     )
 
 

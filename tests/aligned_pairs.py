@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from sparc_loss.embeddings.words import Caption, Word
 from sparc_loss.show import AlignedPair
-from sparc_loss.show.words import Caption, Word
 
 # Two rows of three patches, each 8 pixels high and 10 wide.
 WEIGHTS = [

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sparc_loss import functional, fused, fused_contrast
+from sparc_loss import functional, fused
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "eager": functional.fine_grained_loss,
@@ -12,5 +12,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 }
 IMAGE_CONTRASTS: dict[str, Callable[..., Tensor]] = {
     "eager": functional.image_contrastive_loss,
-    "fused": fused_contrast.image_contrastive_loss,
+    "fused": fused.image_contrastive_loss,
 }

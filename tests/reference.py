@@ -153,7 +153,7 @@ def image_contrastive(
     return math.fsum(terms) / (max(len(terms), 1) if reduction == "token" else batch)
 
 
-def alignment_metrics(
+def alignment_diagnostics(
     weights: np.ndarray, patch_features: np.ndarray, token_features: np.ndarray, counts: np.ndarray, usable: np.ndarray
 ) -> dict[str, tuple[float, float]]:
     """Each metric as the (lowest, highest) value it may have: where two cosines tie, either may be the nearest.

@@ -9,8 +9,8 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from baseline_outputs import FEATURES, random_outputs
 from launching import MODEL_CONFIG, checkpoint, checkpoint_path, run_python, train, write_tiny_data
-from rival_outputs import FEATURES, random_outputs
 from torch import Tensor
 from torch.testing import assert_close
 

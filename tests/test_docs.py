@@ -13,7 +13,7 @@ from launching import run_python
 from model_families import text_family, vision_family
 from open_clip.factory import get_model_config
 
-from sparc_loss.integration.versions import TESTED
+from sparc_loss.open_clip_versions import TESTED
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -66,13 +66,13 @@ def test_the_flags_of_every_command_in_the_docs_exist():
         from open_clip_train import params
 
         from sparc_loss.evaluation import command as evaluate
-        from sparc_loss.integration import sparc
+        from sparc_loss.plugins.sparc import SPARC
         from sparc_loss.show import command as show
 
         if words[0] == "sparc_loss.train":
             parser = ArgumentParser(allow_abbrev=False)
             parser.add_argument("--loss")
-            sparc.add_arguments(parser)
+            SPARC.add_arguments(parser)
             _, rest = parser.parse_known_args(words[1:])
             params.parse_args([word for word in rest if word != "..."])
             return []

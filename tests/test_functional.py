@@ -13,11 +13,11 @@ from strategies import Batch, batches
 from torch import Tensor
 from torch.testing import assert_close
 
+from sparc_loss._masks import valid_tokens
 from sparc_loss.functional import (
     ALIGNMENTS,
     REDUCTIONS,
     alignment_weights,
-    countable_tokens,
     fine_grained_loss,
     language_grouped_embeddings,
     sequence_contrastive_loss,
@@ -108,7 +108,7 @@ def test_similarity_is_the_inner_product_of_each_token_with_each_patch_of_its_ow
 
 
 def test_weights_are_min_max_normalised_similarities_over_their_sum() -> None:
-    weights = alignment_weights(similarities([0.0, 1.0, 3.0, 4.0]), method="dense")
+    weights = alignment_weights(similarities([0.0, 1.0, 3.0, 4.0]), alignment="dense")
     close(weights, [[[0, 1 / 8, 3 / 8, 4 / 8]]])
 
 
@@ -139,14 +139,14 @@ def test_threshold_one_keeps_the_most_similar_patches_only(batch: Batch) -> None
 def test_softmax_is_over_patches() -> None:
     similarity = torch.randn(2, 3, 4, dtype=torch.float64)
     exponentials = similarity.exp()
-    close(alignment_weights(similarity, method="softmax"), exponentials / exponentials.sum(dim=2, keepdim=True))
+    close(alignment_weights(similarity, alignment="softmax"), exponentials / exponentials.sum(dim=2, keepdim=True))
 
 
 @given(batches())
 def test_rows_are_non_negative_and_sum_to_one_or_to_zero_without_a_usable_patch(batch: Batch) -> None:
     weights = batch.weights()
     everything = torch.ones_like(batch.token_mask)
-    has_patch = countable_tokens(
+    has_patch = valid_tokens(
         batch.token_features, batch.patch_features, everything, batch.patch_mask, batch.region_mask
     )
     assert (weights >= 0).all()
@@ -156,7 +156,7 @@ def test_rows_are_non_negative_and_sum_to_one_or_to_zero_without_a_usable_patch(
 @pytest.mark.parametrize("method", ALIGNMENTS)
 def test_equal_similarities_give_uniform_weights_and_no_gradient(method: str) -> None:
     similarity = torch.full((1, 2, 5), 0.7, requires_grad=True)
-    weights = alignment_weights(similarity, method=method)
+    weights = alignment_weights(similarity, alignment=method)
     close(weights, torch.full((1, 2, 5), 1 / 5), 1e-6)
     weights[..., 0].sum().backward()
     if method != "softmax":
@@ -166,7 +166,7 @@ def test_equal_similarities_give_uniform_weights_and_no_gradient(method: str) ->
 
 @pytest.mark.parametrize("method", ALIGNMENTS)
 def test_a_single_patch_gets_all_the_weight(method: str) -> None:
-    assert (alignment_weights(torch.randn(2, 3, 1), method=method) == 1).all()
+    assert (alignment_weights(torch.randn(2, 3, 1), alignment=method) == 1).all()
 
 
 @pytest.mark.parametrize("method", ALIGNMENTS)
@@ -196,7 +196,7 @@ def test_a_token_that_may_use_no_patch_has_zero_weights_and_no_nan_anywhere_in_i
     similarity = torch.randn(1, 2, 3, requires_grad=True)
     region_mask = torch.tensor([[[True, True, True], [False, False, False]]])
     with torch.autograd.detect_anomaly():  # also of NaN in between that a mask hides at the end
-        weights = alignment_weights(similarity, method=method, region_mask=region_mask)
+        weights = alignment_weights(similarity, alignment=method, region_mask=region_mask)
         weights.square().sum().backward()
     assert weights[0, 1].tolist() == [0, 0, 0]
     assert similarity.grad.isfinite().all()
@@ -435,7 +435,7 @@ REFUSED = [
     (
         {"token_mask": MASK.float()},
         TypeError,
-        "token_mask has dtype torch.float32; expected torch.bool, True where it counts",
+        "token_mask has dtype torch.float32; expected torch.bool, True where valid",
     ),
     ({"token_mask": MASK[:, :2]}, ValueError, "token_mask has shape [2, 2]; expected [B, L] = [2, 3]"),
     (
@@ -469,8 +469,8 @@ def test_similarities_without_a_patch_are_refused() -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(ValueError, match="method is 'hard'; expected one of 'sparse', 'dense', 'softmax'"):
-        alignment_weights(torch.zeros(2, 3, 5), method="hard")
+    with pytest.raises(ValueError, match="alignment is 'hard'; expected one of 'sparse', 'dense', 'softmax'"):
+        alignment_weights(torch.zeros(2, 3, 5), alignment="hard")
 
 
 def test_weights_and_patches_that_disagree_are_refused() -> None:

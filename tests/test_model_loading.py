@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parsed(*argv: str) -> Namespace:
     parser = ArgumentParser()
     add_model_flags(parser)
-    for name in ("sparc_threshold", "sparc_alignment", "sparc_scale", "sparc_tokens"):
+    for name in ("sparc_threshold", "sparc_alignment", "sparc_fine_grained_scale", "sparc_tokens"):
         parser.set_defaults(**{name: None})
     args = parser.parse_args([str(part) for part in argv])
     args.precision, args.device = "fp32", "cpu"
@@ -59,7 +59,7 @@ def parsed(*argv: str) -> Namespace:
 
 def completed(*argv: str) -> Namespace:
     args = parsed(*argv)
-    complete_from_run("prog", args, ("sparc_threshold", "sparc_alignment", "sparc_scale", "sparc_tokens"))
+    complete_from_run("prog", args, ("sparc_threshold", "sparc_alignment", "sparc_fine_grained_scale", "sparc_tokens"))
     return args
 
 

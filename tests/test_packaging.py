@@ -48,7 +48,7 @@ def test_installed_in_an_empty_environment_it_offers_the_entry_point_and_the_scr
         text=True,
         timeout=60,
     ).stdout
-    assert "EntryPoint(name='sparc', value='sparc_loss.integration.sparc', group='open_clip.losses')" in listed
+    assert "EntryPoint(name='sparc', value='sparc_loss.plugins.sparc:SPARC', group='open_clip.losses')" in listed
     assert "value='sparc_loss.cli:main'" in listed
 
 

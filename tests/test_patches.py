@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import SPARC, STOCK, checkpoint, logged_losses, run_python, train, write_tiny_data
 
-from sparc_loss.integration.versions import TESTED
+from sparc_loss.open_clip_versions import TESTED
 
 PATCHES = Path(__file__).parent.parent / "patches"
 

@@ -11,7 +11,6 @@ from argparse import ArgumentParser, Namespace
 
 import pytest
 import torch
-from generations import only_open_clip_3
 from launching import (
     COCA_CONFIG,
     MODEL_CONFIG,
@@ -28,6 +27,7 @@ from launching import (
     write_tiny_data,
 )
 from loading import assert_loads_without_sparc_loss
+from major_version import only_open_clip_3
 from open_clip import CLIP, CoCa
 from open_clip_train import main as open_clip_main
 
@@ -92,7 +92,7 @@ REFUSED = {
         ("--loss", "sparc", "--model", "UNCOVERED"),
         "model.visual is a TimmModel with a ResNet trunk; patch embeddings are known for",
     ),
-    "that tower with a rival": (
+    "that tower with a baseline": (
         ("--loss", "filip", "--model", "UNCOVERED"),
         "model.visual is a TimmModel with a ResNet trunk; patch embeddings are known for",
     ),
@@ -130,8 +130,8 @@ def test_what_the_flags_tell_is_refused_before_anything_is_written(folder, capsy
 
 @only_open_clip_3
 def test_metrics_that_open_clip_3_would_add_up_are_refused_before_anything_is_written(folder, capsys):
-    line = refused(capsys, folder, "metrics", "--loss", "sparc", "--sparc-metrics")
-    assert "--sparc-metrics is set; expected it off with open_clip 3" in line
+    line = refused(capsys, folder, "metrics", "--loss", "sparc", "--sparc-diagnostics")
+    assert "--sparc-diagnostics is set; expected it off with open_clip 3" in line
 
 
 def test_pairs_are_shared_among_the_processes(folder, capsys, monkeypatch):
@@ -185,7 +185,7 @@ def assert_same_weights(one: dict, other: dict) -> None:
         ("--lock-image", "--lock-image-unlocked-groups", "1", "--force-custom-text"),
         ("--force-patch-dropout", "0.5", "--force-image-size", "24", "--force-context-length", "12"),
         ("--sparc-alignment", "softmax", "--sparc-reduction", "sample", "--sparc-tokens", "all"),
-        ("--sparc-threshold", "0.5", "--sparc-scale", "10"),
+        ("--sparc-threshold", "0.5", "--sparc-fine-grained-scale", "10"),
     ],
     ids=lambda flags: " ".join(flags),
 )

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sparc_loss.embeddings.words import word_positions
 from sparc_loss.evaluation import (
     BACKGROUND,
     HARD_NEGATIVE_CHANCE,
@@ -30,7 +31,6 @@ from sparc_loss.evaluation import (
     segment,
 )
 from sparc_loss.evaluation.markdown import markdown_table
-from sparc_loss.evaluation.words import word_positions
 from sparc_loss.functional import token_patch_similarity
 
 from .captions import SIZES_SAID

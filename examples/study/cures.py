@@ -14,6 +14,7 @@ from sparc_loss.functional import (
     sequence_contrastive_loss,
     token_patch_similarity,
 )
+from sparc_loss.losses.outputs import ModelOutputs
 
 from ..digit_scenes.scenes import IMAGE_SIZE, generate_scene
 
@@ -21,28 +22,26 @@ from ..digit_scenes.scenes import IMAGE_SIZE, generate_scene
 class StopGradientLoss(SparcLoss):
     """No gradient flows through the alignment weights: tokens choose their patches, and do not learn to."""
 
-    def fine_grained_term(self, *, patch_features: Tensor, token_features: Tensor, **outputs) -> Tensor:
-        weights = self._weights(token_features, patch_features).detach()
-        return self._contrast(weights, patch_features, token_features, **outputs)
+    def fine_grained_term(self, outputs: ModelOutputs) -> Tensor:
+        return self._contrast(self._weights(outputs.token_features, outputs.patch_features).detach(), outputs)
 
     def _weights(self, token_features: Tensor, patch_features: Tensor) -> Tensor:
-        return alignment_weights(
-            token_patch_similarity(token_features, patch_features), self.threshold, self.alignment
-        )
+        similarity = token_patch_similarity(token_features, patch_features)
+        return alignment_weights(similarity, self.threshold, self.alignment)
 
-    def _contrast(
-        self, weights: Tensor, patch_features: Tensor, token_features: Tensor, *, logit_scale, token_mask: Tensor, **_
-    ) -> Tensor:
-        grouped = language_grouped_embeddings(weights, patch_features)
-        return sequence_contrastive_loss(grouped, token_features, token_mask, logit_scale, self.reduction)
+    def _contrast(self, weights: Tensor, outputs: ModelOutputs) -> Tensor:
+        grouped = language_grouped_embeddings(weights, outputs.patch_features)
+        return sequence_contrastive_loss(
+            grouped, outputs.token_features, outputs.token_mask, outputs.logit_scale, self.reduction
+        )
 
 
 class NormalizedWeightsLoss(StopGradientLoss):
     """The weights come from cosines: a patch is not chosen for its length."""
 
-    def fine_grained_term(self, *, patch_features: Tensor, token_features: Tensor, **outputs) -> Tensor:
-        weights = self._weights(F.normalize(token_features, dim=-1), F.normalize(patch_features, dim=-1))
-        return self._contrast(weights, patch_features, token_features, **outputs)
+    def fine_grained_term(self, outputs: ModelOutputs) -> Tensor:
+        tokens, patches = (F.normalize(each, dim=-1) for each in (outputs.token_features, outputs.patch_features))
+        return self._contrast(self._weights(tokens, patches), outputs)
 
 
 CURES = {"stop-gradient": StopGradientLoss, "normalized weights": NormalizedWeightsLoss}

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparc_loss import SparcLoss, surface_embeddings
-from sparc_loss.integration.mgca import add_heads
 from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaLoss, PaclLoss
 from sparc_loss.losses.objective import Objective
+from sparc_loss.plugins.mgca_heads import add_heads
 
 from ..digit_scenes.dataset import read_annotations, read_captions
 from ..digit_scenes.measures import best_background_threshold, embed, levels, measure, read_images

@@ -1,8 +1,8 @@
 """SPARC's fine-grained image-text loss for open_clip (arXiv 2401.09865).
 
-`SparcLoss` is the objective; `surface_embeddings` makes an open_clip model return what it needs, and `restore` undoes
-that. `sparc_loss.functional` holds the equations one by one. Importing this needs torch and einops only; open_clip is
-imported when a model is surfaced or a ClipLoss made.
+`SparcLoss` is the objective. `surface_embeddings` makes an open_clip model return the loss's inputs, and `restore`
+undoes it. `sparc_loss.functional` has one function per equation. Importing this package needs torch and einops only;
+open_clip is imported when a model is surfaced or a ClipLoss is created.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,12 @@ def __getattr__(name: str) -> Any:
     if name not in ("restore", "surface_embeddings"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from sparc_loss import embeddings
+        from sparc_loss.embeddings import surface
     except ImportError as error:
         raise ImportError(
             f"sparc_loss.{name} needs open_clip, which cannot be imported ({error}); pip install 'sparc-loss[train]'"
         ) from error
-    return getattr(embeddings, name)
+    return getattr(surface, name)
 
 
 def __dir__() -> list[str]:

@@ -193,12 +193,18 @@ def _read_params(prog: str, path: Path) -> dict[str, Any]:
             params[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             params[name] = text
+    for old, new in _RENAMED.items():
+        if old in params:
+            params.setdefault(new, params.pop(old))
     wrong = {name: params[name] for name in _TYPES if not isinstance(params.get(name), (_TYPES[name], type(None)))}
     for name, value in wrong.items():
         print(f"{prog}: warning: {path} has {name}: {value!r}, which is left out", file=sys.stderr)
         del params[name]
     return params
 
+
+# Names in the params.txt of runs with older releases.
+_RENAMED = {"sparc_scale": "sparc_fine_grained_scale"}
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "model": str,
@@ -214,7 +220,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "image_resize_mode": str,
     "sparc_threshold": (int, float),
     "sparc_alignment": str,
-    "sparc_scale": (int, float),
+    "sparc_fine_grained_scale": (int, float),
     "sparc_tokens": str,
 }
 

@@ -12,16 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparc_loss.integration.plugin import (
-    BUILT_IN,
-    LossPlugin,
-    PluginError,
-    load_all_losses,
-    load_loss,
-    registered_losses,
-)
-from sparc_loss.integration.versions import UntestedVersionError, check_version
 from sparc_loss.model_loading import why_not_loaded
+from sparc_loss.open_clip_versions import UntestedVersionError, check_version
+from sparc_loss.plugins.contract import LossPlugin
+from sparc_loss.plugins.discovery import BUILT_IN, PluginError, load_all_losses, load_loss, registered_losses
 
 PROG = "python -m sparc_loss.train"
 
@@ -39,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import open_clip
 
-        check_version(open_clip.__version__)
+        warning = check_version(open_clip.__version__)
+        if warning is not None:
+            print(f"{PROG}: warning: {warning}", file=sys.stderr)
         from open_clip_train.params import parse_args as open_clip_parse_args
 
-        from sparc_loss.integration.hooks import hooked
+        from sparc_loss.hooks.hooked import hooked
     except ImportError as error:
         parser.error(f"open_clip's training cannot be imported ({error}); pip install 'sparc-loss[train]'")
     except UntestedVersionError as error:

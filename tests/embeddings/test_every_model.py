@@ -5,7 +5,7 @@ from unittest.mock import patch
 import open_clip
 import pytest
 import torch
-from generations import only_open_clip_3
+from major_version import only_open_clip_3
 from model_families import text_family, vision_family
 from open_clip.factory import get_model_config
 from open_clip.model import _build_text_tower

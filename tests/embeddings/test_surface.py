@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from generations import GENERATION, only_open_clip_3
+from major_version import MAJOR_VERSION, only_open_clip_3
 from open_clip import CLIP, CoCa, CoCaLoss, CustomTextCLIP
 from tiny_models import (
     CUSTOM_TEXT,
@@ -432,7 +432,7 @@ REFUSED_MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and says much about tracing.
 @pytest.mark.parametrize("name", REFUSED_MODELS)
 def test_a_model_that_is_not_covered_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    if name == "TorchScript, scripted" and GENERATION != 3:
+    if name == "TorchScript, scripted" and MAJOR_VERSION != 3:
         pytest.skip("this open_clip cannot be scripted")
     make, message = REFUSED_MODELS[name]
     with pytest.raises(TypeError, match=re.escape(message)):

@@ -166,7 +166,7 @@ def test_the_probe_measures_the_loss_that_the_flags_describe(figures):
     assert figures(**{"sparc-alignment": "softmax"})[1]["right"] != default["right"]
     assert figures(**{"sparc-tokens": "all"})[1]["tokens"] == default["tokens"] + 16
     # At scale 0 all logits are equal: the logarithm of the number of tokens.
-    assert figures(**{"sparc-scale": 0})[1]["right"]["loss"] == pytest.approx(np.log(7), abs=0.01)
+    assert figures(**{"sparc-fine-grained-scale": 0})[1]["right"]["loss"] == pytest.approx(np.log(7), abs=0.01)
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "pure_bf16"])
@@ -249,10 +249,14 @@ def test_an_image_that_cannot_be_read_is_refused_and_an_earlier_output_kept(fold
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("batch-size", "0", "argument --batch-size is 0; expected a number at least 1"),
-        ("workers", "-1", "argument --workers is -1; expected a number at least 0"),
+        ("batch-size", "0", "argument --batch-size is 0; expected a number of at least 1"),
+        ("workers", "-1", "argument --workers is -1; expected a number of at least 0"),
         ("sparc-threshold", "1.5", "argument --sparc-threshold is 1.5; expected a number between 0 and 1"),
-        ("sparc-scale", "nan", "argument --sparc-scale is nan; expected a finite number at least 0"),
+        (
+            "sparc-fine-grained-scale",
+            "nan",
+            "argument --sparc-fine-grained-scale is nan; expected a finite number of at least 0",
+        ),
         ("background-threshold", "2", "argument --background-threshold is 2.0; expected a number between -1 and 1"),
         (
             "output",

@@ -147,7 +147,7 @@ class TestRun:
         assert TINY.steps(warm(time=0.5)) == 1
 
     @pytest.mark.parametrize("family", ["filip", "pacl", "gloria", "mgca"])
-    def test_the_rivals_train(self, clip, folders, family):
+    def test_the_baselines_train(self, clip, folders, family):
         result = execute(warm(family=family, settings=CHOSEN[family]), TINY, folders)
         assert torch.tensor(result["training_loss"]).isfinite()
 

@@ -84,23 +84,23 @@ def step_of(
 ALL_PAIRS = {FilipLoss: update_step.filip_cost, PaclLoss: update_step.pacl_cost, GloriaLoss: update_step.gloria_cost}
 
 
-@pytest.mark.parametrize("rival", ALL_PAIRS)
+@pytest.mark.parametrize("baseline", ALL_PAIRS)
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_the_formulas_of_the_all_pairs_objectives_are_what_is_counted(rival, ranks: int, monkeypatch) -> None:
+def test_the_formulas_of_the_all_pairs_objectives_are_what_is_counted(baseline, ranks: int, monkeypatch) -> None:
     monkeypatch.setattr(all_pairs, "BLOCK_NUMBERS", 200)
     monkeypatch.setattr(all_pairs, "padded_to_longest", lambda features, mask, ranks: (features, mask))
     monkeypatch.setattr(all_pairs, "gathered", lambda tensor, ranks: torch.cat([tensor] * ranks))
-    step = step_of(rival(global_weight=0.0), 6, ranks, patches=10, length=7, tokens=5, dim=8)
+    step = step_of(baseline(global_weight=0.0), 6, ranks, patches=10, length=7, tokens=5, dim=8)
     with FlopCounterMode(display=False) as counter:
         step()
     sizes = update_step.Sizes(pairs=6, ranks=ranks, patches=10, length=7, tokens=5, dim=8)
-    assert counter.get_total_flops() == ALL_PAIRS[rival](sizes).flops
+    assert counter.get_total_flops() == ALL_PAIRS[baseline](sizes).flops
 
 
-@pytest.mark.parametrize("rival", ALL_PAIRS)
+@pytest.mark.parametrize("baseline", ALL_PAIRS)
 @pytest.mark.parametrize(("ranks", "dim", "block"), [(64, 64, 2**14), (64, 64, 2**16), (32, 128, 2**16)])
 def test_the_memory_of_the_all_pairs_objectives_is_about_what_is_allocated(
-    rival, ranks: int, dim: int, block: int, monkeypatch
+    baseline, ranks: int, dim: int, block: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(all_pairs, "BLOCK_NUMBERS", block)
     monkeypatch.setattr(all_pairs, "padded_to_longest", lambda features, mask, ranks: (features, mask))
@@ -109,11 +109,11 @@ def test_the_memory_of_the_all_pairs_objectives_is_about_what_is_allocated(
     )
     peak, _ = allocated_bytes(
         step_of(
-            rival(global_weight=0.0), 4, ranks, patches=20, length=33, tokens=8, dim=dim, one_fills_the_context=True
+            baseline(global_weight=0.0), 4, ranks, patches=20, length=33, tokens=8, dim=dim, one_fills_the_context=True
         )
     )
     sizes = update_step.Sizes(pairs=4, ranks=ranks, patches=20, length=33, tokens=8, dim=dim)
-    assert peak == pytest.approx(ALL_PAIRS[rival](sizes).bytes, rel=0.25)
+    assert peak == pytest.approx(ALL_PAIRS[baseline](sizes).bytes, rel=0.25)
 
 
 def test_the_formula_of_mgca_is_what_is_counted() -> None:

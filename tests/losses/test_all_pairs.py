@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from rival_outputs import random_outputs
+from baseline_outputs import random_outputs
 from torch.testing import assert_close
 
 from sparc_loss.losses import FilipLoss, GloriaLoss, PaclLoss, all_pairs

@@ -3,12 +3,12 @@
 import re
 from unittest import mock
 
+import baseline_reference
 import pytest
-import rival_reference
 import torch
+from baseline_outputs import assert_same_value_and_gradient, baseline_outputs, random_outputs
 from hypothesis import given
 from hypothesis import strategies as st
-from rival_outputs import assert_same_value_and_gradient, random_outputs, rival_outputs
 from torch.testing import assert_close
 
 from sparc_loss.losses import FilipLoss, all_pairs
@@ -19,15 +19,15 @@ def loss_of(outputs):
     return FilipLoss(token_dropping=0)(**outputs)
 
 
-@given(rival_outputs(), st.sampled_from([1, 30, 2**24]))
+@given(baseline_outputs(), st.sampled_from([1, 30, 2**24]))
 def test_value_and_gradient_are_the_slow_references(outputs, block_numbers):
     with mock.patch.object(all_pairs, "BLOCK_NUMBERS", block_numbers):
-        assert_same_value_and_gradient(loss_of, rival_reference.filip, outputs)
+        assert_same_value_and_gradient(loss_of, baseline_reference.filip, outputs)
 
 
-@given(rival_outputs(zero_vectors=True))
+@given(baseline_outputs(zero_vectors=True))
 def test_a_zero_vector_has_cosine_zero_with_everything(outputs):
-    assert_close(loss_of(outputs), rival_reference.filip(outputs), rtol=1e-9, atol=1e-9)
+    assert_close(loss_of(outputs), baseline_reference.filip(outputs), rtol=1e-9, atol=1e-9)
 
 
 def test_two_pairs_worked_by_hand():

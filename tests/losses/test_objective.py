@@ -1,12 +1,12 @@
-"""What every rival objective promises as SparcLoss does; its formula is in a file of its own."""
+"""What every baseline objective promises as SparcLoss does; its formula is in a file of its own."""
 
 import re
 from unittest import mock
 
 import pytest
 import torch
+from baseline_outputs import FEATURES, random_outputs
 from open_clip.loss import ClipLoss, SigLipLoss
-from rival_outputs import FEATURES, random_outputs
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -17,7 +17,7 @@ LOSSES = [FilipLoss, PaclLoss, GloriaLoss, MgcaLoss]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test runs for each rival, and for SparcLoss too where it asks for `any_loss_class`."""
+    """Every test runs for each baseline, and for SparcLoss too where it asks for `any_loss_class`."""
     if "any_loss_class" in metafunc.fixturenames:
         metafunc.parametrize("any_loss_class", [SparcLoss, *LOSSES])
     else:
@@ -195,7 +195,7 @@ def test_prints_every_setting(loss_class):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"global_weight": -1}, ValueError, "global_weight is -1; expected a number at least 0"),
+        ({"global_weight": -1}, ValueError, "global_weight is -1; expected a number of at least 0"),
         ({"fine_grained_weight": "1"}, TypeError, "fine_grained_weight is '1' (str); expected a number"),
         ({"fine_grained_scale": 0}, ValueError, "fine_grained_scale is 0; expected a number above 0"),
         ({"world_size": 4}, ValueError, "gather_with_grad is False with world_size 4; expected True"),
@@ -239,7 +239,7 @@ def test_a_batch_without_a_pair_is_refused(any_loss_class):
     empty = {name: value[:0] if value.ndim and len(value) == B else value for name, value in outputs.items()}
     if any_loss_class is MgcaLoss:  # its heads refuse an empty batch before
         empty |= {name: torch.zeros(0, L, D) for name in MgcaLoss.further_inputs}
-    with pytest.raises(ValueError, match=re.escape("image_features has shape [0, 6]; expected a pair or more")):
+    with pytest.raises(ValueError, match=re.escape("image_features has shape [0, 6]; expected at least one pair")):
         any_loss_class()(**empty)
 
 
@@ -262,7 +262,7 @@ def test_what_stands_in_masked_places_reaches_neither_value_nor_gradient(any_los
     outputs["patch_mask"] = torch.tensor([[True, True, False, True], [True] * 4, [False, True, False, False]])
     options = {}
     if any_loss_class is SparcLoss:
-        options = {"implementation": implementation, "image_negatives": 2, "metrics": True}
+        options = {"implementation": implementation, "image_negatives": 2, "diagnostics": True}
         outputs["region_mask"] = torch.rand(B, L, P) < 0.8
 
     def terms_and_gradients(filling):

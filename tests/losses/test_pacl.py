@@ -3,31 +3,31 @@
 import re
 from unittest import mock
 
+import baseline_reference
 import pytest
-import rival_reference
 import torch
+from baseline_outputs import assert_same_value_and_gradient, baseline_outputs, random_outputs
 from hypothesis import given
 from hypothesis import strategies as st
-from rival_outputs import assert_same_value_and_gradient, random_outputs, rival_outputs
 from torch.testing import assert_close
 
 from sparc_loss.losses import PaclLoss, all_pairs
 from sparc_loss.losses.pacl import WEIGHTINGS, pooled_cosine
 
 
-@given(rival_outputs(), st.sampled_from(WEIGHTINGS), st.sampled_from([1, 30, 2**24]))
+@given(baseline_outputs(), st.sampled_from(WEIGHTINGS), st.sampled_from([1, 30, 2**24]))
 def test_value_and_gradient_are_the_slow_references(outputs, weighting, block_numbers):
     with mock.patch.object(all_pairs, "BLOCK_NUMBERS", block_numbers):
         assert_same_value_and_gradient(
             lambda outputs: PaclLoss(weighting=weighting)(**outputs),
-            lambda outputs: rival_reference.pacl(outputs, weighting),
+            lambda outputs: baseline_reference.pacl(outputs, weighting),
             outputs,
         )
 
 
-@given(rival_outputs(zero_vectors=True), st.sampled_from(WEIGHTINGS))
+@given(baseline_outputs(zero_vectors=True), st.sampled_from(WEIGHTINGS))
 def test_a_zero_vector_has_cosine_zero_with_everything(outputs, weighting):
-    expected = rival_reference.pacl(outputs, weighting)
+    expected = baseline_reference.pacl(outputs, weighting)
     assert_close(PaclLoss(weighting=weighting)(**outputs), expected, rtol=1e-9, atol=1e-9)
 
 

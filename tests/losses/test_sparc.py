@@ -176,7 +176,7 @@ def test_without_image_negatives_the_contrast_is_not_computed(outputs: dict[str,
 
 def refused_contrast() -> ExitStack:
     stack = ExitStack()
-    for module in ("functional", "fused_contrast"):
+    for module in ("functional", "fused"):
         name = f"sparc_loss.{module}.image_contrastive_loss"
         stack.enter_context(mock.patch(name, side_effect=AssertionError("called")))
     return stack
@@ -441,7 +441,7 @@ def test_fused_in_a_transform_of_torch_func_names_eager(outputs: dict[str, Tenso
         return SparcLoss(implementation="fused", **options)(**{**outputs, "patch_features": patch_features})
 
     message = (
-        'the fused loss works neither in torch.func nor in forward-mode differentiation; take implementation="eager"'
+        'the fused loss supports neither torch.func nor forward-mode differentiation; take implementation="eager"'
     )
     patches = outputs["patch_features"].detach()
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -481,10 +481,14 @@ def test_other_caption_lengths_compile_nothing_anew(outputs: dict[str, Tensor], 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"global_weight": -1}, ValueError, "global_weight is -1; expected a number at least 0"),
+        ({"global_weight": -1}, ValueError, "global_weight is -1; expected a number of at least 0"),
         ({"global_weight": "1"}, TypeError, "global_weight is '1' (str); expected a number"),
-        ({"fine_grained_weight": -0.5}, ValueError, "fine_grained_weight is -0.5; expected a number at least 0"),
-        ({"fine_grained_weight": float("nan")}, ValueError, "fine_grained_weight is nan; expected a finite number at"),
+        ({"fine_grained_weight": -0.5}, ValueError, "fine_grained_weight is -0.5; expected a number of at least 0"),
+        (
+            {"fine_grained_weight": float("nan")},
+            ValueError,
+            "fine_grained_weight is nan; expected a finite number of at",
+        ),
         ({"threshold": 2}, ValueError, "threshold is 2; expected a number between 0 and 1"),
         ({"threshold": "auto"}, TypeError, "threshold is 'auto' (str); expected a number"),
         ({"alignment": "hard"}, ValueError, "alignment is 'hard'; expected one of 'sparse', 'dense', 'softmax'"),
@@ -493,7 +497,11 @@ def test_other_caption_lengths_compile_nothing_anew(outputs: dict[str, Tensor], 
         ({"fine_grained_scale": -1.0}, ValueError, "fine_grained_scale is -1.0; expected a number"),
         ({"image_negatives": -1}, ValueError, "image_negatives is -1; expected a whole number of at least 0"),
         ({"image_negatives": 1.5}, TypeError, "image_negatives is 1.5 (float); expected a whole number"),
-        ({"image_contrastive_weight": -1}, ValueError, "image_contrastive_weight is -1; expected a number at least 0"),
+        (
+            {"image_contrastive_weight": -1},
+            ValueError,
+            "image_contrastive_weight is -1; expected a number of at least 0",
+        ),
         ({"implementation": "cuda"}, ValueError, "implementation is 'cuda'; expected one of 'auto', 'eager', 'fused'"),
         ({"world_size": 4}, ValueError, "gather_with_grad is False with world_size 4; expected True"),
         (
@@ -521,7 +529,7 @@ WRONG_TYPE = [
     ("image_features", torch.long, "image_features has dtype torch.int64; expected a floating-point tensor [B, C]"),
     ("patch_features", torch.int, "patch_features has dtype torch.int32; expected a floating-point tensor [B, P, D]"),
     ("token_features", torch.bool, "token_features has dtype torch.bool; expected a floating-point tensor [B, L, D]"),
-    ("token_mask", torch.int, "token_mask has dtype torch.int32; expected torch.bool, True where it counts"),
+    ("token_mask", torch.int, "token_mask has dtype torch.int32; expected torch.bool, True where valid"),
 ]
 WRONG_SHAPE = [
     ("image_features", (1, B, D), "image_features has shape [1, 3, 5]; expected rank 2, [B, C]"),
@@ -579,5 +587,5 @@ def test_a_global_loss_of_another_world_size_is_refused() -> None:
 
 
 def test_an_infinite_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match="fine_grained_weight is inf; expected a finite number at least 0"):
+    with pytest.raises(ValueError, match="fine_grained_weight is inf; expected a finite number of at least 0"):
         SparcLoss(fine_grained_weight=float("inf"))

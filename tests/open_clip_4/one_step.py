@@ -11,30 +11,31 @@ if __name__ == "__main__":
     sys.path[:] = [path for path in sys.path if path not in sys.argv[3:]]
 
 from argparse import ArgumentParser, Namespace
-from types import ModuleType
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from sparc_loss.integration import filip, gloria, mgca, pacl, sparc
-from sparc_loss.integration.versions import generation
+from sparc_loss.open_clip_versions import major_version
+from sparc_loss.plugins.baselines import FILIP, GLORIA, MGCA, PACL
+from sparc_loss.plugins.objective_plugin import ObjectivePlugin
+from sparc_loss.plugins.sparc import SPARC
 
 # Of each: the plug-in, and the flags of open_clip that bring in another global loss.
-CASES: dict[str, tuple[ModuleType, dict[str, object]]] = {
-    "sparc": (sparc, {}),
-    "filip": (filip, {}),
-    "pacl": (pacl, {}),
-    "gloria": (gloria, {}),
-    "mgca": (mgca, {}),
-    "sparc, siglip": (sparc, {"siglip": True}),
-    "sparc, distill": (sparc, {"distill": True}),
-    "sparc, coca": (sparc, {"model": "coca"}),
+CASES: dict[str, tuple[ObjectivePlugin, dict[str, object]]] = {
+    "sparc": (SPARC, {}),
+    "filip": (FILIP, {}),
+    "pacl": (PACL, {}),
+    "gloria": (GLORIA, {}),
+    "mgca": (MGCA, {}),
+    "sparc, siglip": (SPARC, {"siglip": True}),
+    "sparc, distill": (SPARC, {"distill": True}),
+    "sparc, coca": (SPARC, {"model": "coca"}),
 }
 Step = dict[str, dict[str, Tensor]]
 
 
-def one_step(folder: Path, plugin: ModuleType, flags: dict[str, object]) -> Step:
+def one_step(folder: Path, plugin: ObjectivePlugin, flags: dict[str, object]) -> Step:
     """The terms of the loss, and the gradient of every parameter."""
     args = parsed(folder, plugin, flags)
     bias = {"init_logit_bias": -10.0} if args.siglip else {}
@@ -56,24 +57,24 @@ def one_step(folder: Path, plugin: ModuleType, flags: dict[str, object]) -> Step
 
 
 def terms_of(
-    args: Namespace, plugin: ModuleType, model: nn.Module, teacher: nn.Module, images: Tensor, texts: Tensor
+    args: Namespace, plugin: ObjectivePlugin, model: nn.Module, teacher: nn.Module, images: Tensor, texts: Tensor
 ) -> dict[str, Tensor]:
-    """The terms of the loss, computed as the open_clip_train of this generation does (its train.py)."""
-    if generation(open_clip.__version__) == 3:
+    """The terms of the loss, computed as the open_clip_train of this major version does (its train.py)."""
+    if major_version(open_clip.__version__) == 3:
         output = model(images, texts)
         if args.distill:
             with torch.no_grad():
                 output.update({f"dist_{name}": value for name, value in teacher(images, texts).items()})
         return plugin.create_loss(args)(**output, output_dict=True)
 
-    from sparc_loss.integration.open_clip_4 import with_loss
+    from sparc_loss.hooks.open_clip_4 import with_loss
 
     task = open_clip.create_task(args, model, dist_model=teacher)
     losses, _ = with_loss(task, lambda: plugin.create_loss(args)).train()({"image": images, "text": texts})
     return {name: term for name, term in losses.items() if name.endswith("_loss")}
 
 
-def parsed(folder: Path, plugin: ModuleType, flags: dict[str, object]) -> Namespace:
+def parsed(folder: Path, plugin: ObjectivePlugin, flags: dict[str, object]) -> Namespace:
     """The arguments of one process that a loss is made of."""
     parser = ArgumentParser()
     plugin.add_arguments(parser)

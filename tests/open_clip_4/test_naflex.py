@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 import torch
-from generations import only_open_clip_4
 from launching import (
     MODEL_CONFIG,
     SPARC,
@@ -22,6 +21,7 @@ from launching import (
     write_tiny_data,
 )
 from loading import assert_loads_without_sparc_loss
+from major_version import only_open_clip_4
 from open_clip import CustomTextCLIP
 from PIL import Image
 from tiny_models import CONTEXT, EMBED_DIM, END, TRANSFORMER, ToyTokenizer, captions
@@ -31,7 +31,7 @@ from torch.testing import assert_close
 from sparc_loss import SparcLoss, surface_embeddings
 from sparc_loss.embeddings.text import forward_with_tokens
 from sparc_loss.embeddings.vision import forward_with_patches
-from sparc_loss.integration import sparc
+from sparc_loss.plugins.sparc import SPARC as PLUGIN
 
 pytestmark = only_open_clip_4
 PATCH, CHANNELS = 8, 3
@@ -162,10 +162,10 @@ def test_modern_text_gives_the_pooled_feature_bit_for_bit_and_each_token_alone(p
 )
 def test_accumulating_batches_of_varying_sizes_is_refused(args: dict, varying: str) -> None:
     parser = ArgumentParser()
-    sparc.add_arguments(parser)
+    PLUGIN.add_arguments(parser)
     args = parser.parse_args([], Namespace(accum_freq=2, **args))
     with pytest.raises(ValueError, match=f"--accum-freq is 2 with {varying}; expected 1 with --loss sparc"):
-        sparc.prepare_model(naflex_clip(), args)
+        PLUGIN.prepare_model(naflex_clip(), args)
 
 
 # As real processes

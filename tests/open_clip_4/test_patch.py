@@ -8,7 +8,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from generations import only_open_clip_4
 from launching import (
     COCA_CONFIG,
     SPARC,
@@ -20,6 +19,7 @@ from launching import (
     write_model,
     write_tiny_data,
 )
+from major_version import only_open_clip_4
 
 pytestmark = [only_open_clip_4, pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patch")]
 PATCHES = Path(__file__).parents[2] / "patches"

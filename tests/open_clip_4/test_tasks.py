@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-from generations import only_open_clip_4
+from major_version import only_open_clip_4
 from open_clip_train import main as open_clip_main
 from tiny_models import ToyTokenizer, captions, clip, coca, images_for
 from torch import nn
 
 from sparc_loss import SparcLoss, surface_embeddings
-from sparc_loss.integration.hooks import hooked
-from sparc_loss.integration.versions import module_of_generation
-from sparc_loss.metrics import NAMES, alignment_metrics
+from sparc_loss.diagnostics import NAMES, alignment_diagnostics
+from sparc_loss.hooks.hooked import hooked, module_of_major_version
 
 pytestmark = only_open_clip_4
 EXTRA = {"patch_features", "token_features", "token_mask"}
@@ -23,7 +22,7 @@ EXTRA = {"patch_features", "token_features", "token_mask"}
 
 @pytest.fixture
 def with_loss():
-    return module_of_generation(open_clip.__version__).with_loss
+    return module_of_major_version(open_clip.__version__).with_loss
 
 
 class Recording(nn.Module):
@@ -130,8 +129,8 @@ def test_the_moving_average_of_a_surfaced_model_follows_it_and_loads_in_a_plain_
 
 def test_metrics_are_in_the_dictionary_that_is_logged(with_loss):
     model = surface_embeddings(clip(), ToyTokenizer())
-    losses, _ = with_loss(open_clip.CLIPTask(model), lambda: SparcLoss(metrics=True)).train()(batch_of(model))
+    losses, _ = with_loss(open_clip.CLIPTask(model), lambda: SparcLoss(diagnostics=True)).train()(batch_of(model))
     output = model.train()(**batch_of(model))
-    expected = alignment_metrics(output["patch_features"], output["token_features"], output["token_mask"])
+    expected = alignment_diagnostics(output["patch_features"], output["token_features"], output["token_mask"])
     assert {name: losses[name] for name in NAMES} == expected
     assert torch.equal(losses["loss"], losses["contrastive_loss"] + losses["fine_grained_loss"])

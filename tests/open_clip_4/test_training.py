@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from generations import only_open_clip_4
 from launching import SPARC, checkpoint, checkpoint_path, data_flags, logged_losses, run_python, train, write_tiny_data
 from loading import assert_loads_without_sparc_loss
+from major_version import only_open_clip_4
 
-from sparc_loss.metrics import NAMES
+from sparc_loss.diagnostics import NAMES
 
 pytestmark = only_open_clip_4
 LAUNCHER = ("-m", "sparc_loss.train", "--loss")

@@ -5,8 +5,8 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from generations import only_open_clip_4
 from launching import COCA_CONFIG, MODEL_CONFIG, run_python, write_model
+from major_version import only_open_clip_4
 from torch.testing import assert_close
 
 pytestmark = only_open_clip_4

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc_loss._validation import check_choice
+from sparc_loss._checks import check_choice
 
 Tokens = Literal["words", "all"]
 TOKENS: tuple[Tokens, ...] = ("words", "all")

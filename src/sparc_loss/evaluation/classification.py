@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparc_loss._validation import check_features
-from sparc_loss.evaluation.retrieval import TIE, check_k
+from sparc_loss._checks import check_features
+from sparc_loss._nearest import TIE
+from sparc_loss.evaluation.retrieval import check_k
 
 
 def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tensor, k: int = 1) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc_loss import __version__
-from sparc_loss._validation import check_number
+from sparc_loss._checks import check_number
 from sparc_loss.evaluation import dataset
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_data, read_lines
 from sparc_loss.evaluation.markdown import markdown_table
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparc_loss.evaluation.image_dependence import ImageDependence
 
 PROG = "sparc-loss evaluate"
+LOSS_SETTINGS = ("sparc_threshold", "sparc_alignment", "sparc_fine_grained_scale", "sparc_tokens")
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 TITLES = {
     "image_to_text_R@1": "retrieval R@1, image to text",
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        complete_from_run(PROG, args, ("sparc_threshold", "sparc_alignment", "sparc_scale", "sparc_tokens"))
+        complete_from_run(PROG, args, LOSS_SETTINGS)
         _check(args)
         classes = read_lines(args.classes) if args.classes else None
         templates = _templates(args.templates) if args.templates else None
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             nouns_and_adjectives=nouns,
             threshold=args.sparc_threshold,
             alignment=args.sparc_alignment or "sparse",
-            fine_grained_scale=args.sparc_scale,
+            fine_grained_scale=args.sparc_fine_grained_scale,
             batch_size=args.batch_size,
             workers=args.workers,
             device=args.device,
@@ -192,7 +193,7 @@ def _parser() -> ArgumentParser:
     add = probe.add_argument
     add("--sparc-threshold", type=float, metavar="X", help="default: 1 / number of patches")
     add("--sparc-alignment", choices=ALIGNMENTS, help="default: sparse")
-    add("--sparc-scale", type=float, metavar="X", help="default: the model's logit_scale")
+    add("--sparc-fine-grained-scale", type=float, metavar="X", help="default: the model's logit_scale")
     add("--sparc-tokens", choices=("words", "all"), help="default: words")
     return parser
 
@@ -205,7 +206,7 @@ def _check(args: Namespace) -> None:
         ("workers", 0, float("inf")),
         ("background_threshold", -1, 1),
         ("sparc_threshold", 0, 1),
-        ("sparc_scale", 0, float("inf")),
+        ("sparc_fine_grained_scale", 0, float("inf")),
     ):
         if flags[name] is not None:
             check_number(f"argument --{name.replace('_', '-')}", flags[name], minimum, maximum)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sparc_loss.embeddings.vision import patch_extent
+from sparc_loss.embeddings.words import word_positions
 from sparc_loss.evaluation.classification import top_k_accuracy
 from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, read_image, read_mask
 from sparc_loss.evaluation.faithfulness import k_precision
@@ -35,7 +36,6 @@ from sparc_loss.evaluation.segmentation import (
     random_intersection_and_union,
     segment,
 )
-from sparc_loss.evaluation.words import word_positions
 from sparc_loss.functional import Alignment, token_patch_similarity
 
 

@@ -9,8 +9,8 @@ import re
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparc_loss._validation import check_features
-from sparc_loss.evaluation.retrieval import TIE
+from sparc_loss._checks import check_features
+from sparc_loss._nearest import TIE
 
 # Of two captions, a guess is right half of the time.
 HARD_NEGATIVE_CHANCE = 0.5

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparc_loss._validation import check_features, check_mask
-from sparc_loss.evaluation.retrieval import TIE
+from sparc_loss._checks import check_features, check_mask
+from sparc_loss._nearest import own_is_nearest
 from sparc_loss.functional import (
     Alignment,
     alignment_weights,
@@ -117,7 +117,8 @@ def image_dependence(
         grouped = language_grouped_embeddings(weights, patches)
         loss = sequence_contrastive_loss(grouped, token_features, token_mask, logit_scale)
         cosine = F.normalize(token_features.to(grouped.dtype), dim=-1) @ F.normalize(grouped, dim=-1).mT
-        return TokenMatching(loss.item(), _nearest_is_own(cosine, token_mask), _nearest_is_own(cosine.mT, token_mask))
+        found = (own_is_nearest(each, token_mask)[token_mask].double().mean().item() for each in (cosine, cosine.mT))
+        return TokenMatching(loss.item(), *found)
 
     tokens = int(token_mask.sum())
     return ImageDependence(
@@ -152,14 +153,6 @@ def mean_image_dependence(batches: Sequence[ImageDependence]) -> ImageDependence
         chance=mean([batch.chance for batch in batches]),
         tokens=tokens,
     )
-
-
-def _nearest_is_own(cosine: Tensor, token_mask: Tensor) -> float:
-    """Share of the rows that count, of cosine [B, L, L], whose highest column is the diagonal, and alone so."""
-    # Padded tokens may be NaN, and are no candidates.
-    as_near = cosine >= torch.diagonal(cosine, dim1=-2, dim2=-1).unsqueeze(-1) - TIE
-    own_is_nearest = (as_near & token_mask.unsqueeze(-2)).sum(dim=-1) == 1
-    return own_is_nearest[token_mask].double().mean().item()
 
 
 def _gap(right: TokenMatching, wrong: TokenMatching) -> TokenMatching:

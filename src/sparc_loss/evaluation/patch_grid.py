@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from sparc_loss._validation import check_number
+from sparc_loss._checks import check_number
 
 # Extents are quotients of no larger whole numbers than this.
 _PRECISION = 1 << 16

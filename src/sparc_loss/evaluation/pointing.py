@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparc_loss._validation import check_features, check_mask
+from sparc_loss._checks import check_features, check_mask
 from sparc_loss.evaluation.patch_grid import patch_centres
 
 

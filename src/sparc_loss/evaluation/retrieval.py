@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparc_loss._validation import check_features
-
-# Two cosines closer than this tie: float32 rounding may put equal ones in either order.
-TIE = 1e-6
+from sparc_loss._checks import check_features
+from sparc_loss._nearest import TIE
 
 # Similarities that are in memory at a time, and queries: 64 MB, however many candidates there are.
 _SIMILARITIES, _CHUNK = 1 << 24, 1024

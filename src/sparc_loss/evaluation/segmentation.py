@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sparc_loss._validation import check_features
+from sparc_loss._checks import check_features
 from sparc_loss.evaluation.patch_grid import check_extent, nearest_patches
 
 # Label of pixels of no class. It indexes the last row of intersections and unions, as -1 does.

@@ -1,1 +1,1 @@
-"""How losses plug into open_clip's training: the contract, its discovery, our own plug-in, the hooks."""
+"""Old name of `sparc_loss.plugins`; its documented module `plugin` is kept for one release."""

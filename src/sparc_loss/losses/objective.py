@@ -1,17 +1,34 @@
-"""What every objective here is: open_clip's own loss beside a fine-grained term, each with its weight."""
+"""The base class of all objectives: open_clip's own loss and a fine-grained term, each with its weight."""
+
+import inspect
+from functools import reduce
+from operator import add
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from sparc_loss._validation import check_features, check_number, check_scale
+from sparc_loss._checks import check_features, check_number, check_positive, check_scale
+from sparc_loss.losses.outputs import ModelOutputs
+
+
+class GlobalLossArguments(TypedDict, total=False):
+    """The arguments of every objective about its global loss, with open_clip's names and defaults; see `Objective`."""
+
+    global_loss: nn.Module | None
+    local_loss: bool
+    gather_with_grad: bool
+    cache_labels: bool
+    rank: int
+    world_size: int
 
 
 class Objective(nn.Module):
     """global_weight times open_clip's own loss, plus fine_grained_weight times the fine-grained term of a subclass.
 
-    A subclass implements `fine_grained_term`, keeping the promise of all of them: over W ranks the gradient that
-    DistributedDataParallel averages equals that of one process on the whole batch, each rank having as many pairs.
-    It has no parameters, as open_clip optimises the model's only.
+    A subclass implements `fine_grained_term` so that over W ranks the gradient that DistributedDataParallel averages
+    equals that of one process on the whole batch, if each rank has the same number of pairs. An objective has no
+    parameters, because open_clip optimises the parameters of the model only.
 
     With `world_size > 1` the loss uses collective operations, as ClipLoss does. Every rank must call it at every step,
     with as many pairs as the others. A call on one rank only, such as a validation loss on rank 0, never returns. Use
@@ -19,36 +36,46 @@ class Objective(nn.Module):
     even inside `torch.distributed.algorithms.Join`. Drop the last incomplete batch on every rank.
 
     Args:
-        global_weight: scales the `contrastive_loss` of the global loss. 0 skips that half's work.
-        fine_grained_weight: scales the fine-grained term. 0 skips that half's work.
+        global_weight: scales the `contrastive_loss` of the global loss. 0 skips its computation.
+        fine_grained_weight: scales the fine-grained term. 0 skips its computation.
         fine_grained_scale: 1/tau of the fine-grained term; None shares the model's learned `logit_scale`.
         global_loss: a module called like open_clip's losses and returning a dict with `contrastive_loss`, such as
-            SigLipLoss or CoCaLoss; its other terms pass through unweighted. None makes a ClipLoss.
+            SigLipLoss or CoCaLoss; its other terms are passed through unweighted. None creates a ClipLoss.
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
 
     Raises:
-        TypeError: a weight or scale that is no number.
+        TypeError: a weight or scale that is not a number.
         ValueError: a negative weight, a scale not above 0; `world_size > 1` without `gather_with_grad=True`, or a
             `global_loss` of another world_size.
         ImportError: `global_loss` is None and open_clip is not installed.
     """
 
     further_inputs: tuple[str, ...] = ()
-    """Names of what `fine_grained_term` takes from the model beyond `forward`'s named arguments."""
+    """Names of the model's outputs that the objective uses beyond `forward`'s named arguments."""
     settings: tuple[str, ...] = ("global_weight", "fine_grained_weight", "fine_grained_scale")
     """Names of the attributes that `print(loss)` shows."""
+
+    def __init_subclass__(cls) -> None:
+        """Show the shared arguments in `help()` and in a notebook's completion, too."""
+        super().__init_subclass__()
+        own = [each for name, each in inspect.signature(cls.__init__).parameters.items() if name != "self"]
+        if own and own[-1].name == "shared":
+            every = inspect.signature(Objective.__init__).parameters
+            names = GlobalLossArguments.__annotations__
+            shared = [every[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+            cls.__signature__ = inspect.Signature([*own[:-1], *shared])
 
     def __init__(
         self,
         global_weight: float,
         fine_grained_weight: float,
         fine_grained_scale: float | None,
-        global_loss: nn.Module | None,
-        local_loss: bool,
-        gather_with_grad: bool,
-        cache_labels: bool,
-        rank: int,
-        world_size: int,
+        global_loss: nn.Module | None = None,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         super().__init__()
         check_number("global_weight", global_weight, 0)
@@ -61,9 +88,10 @@ class Objective(nn.Module):
                 f"loss's gradient is 1/{world_size} of one process's, and its ratio to the fine-grained one changes "
                 "with the number of processes (local_loss may be either)"
             )
-        if getattr(global_loss, "world_size", world_size) != world_size:
+        global_world_size = getattr(global_loss, "world_size", world_size)
+        if global_world_size != world_size:
             raise ValueError(
-                f"global_loss has world_size {global_loss.world_size}; "
+                f"global_loss has world_size {global_world_size}; "
                 f"expected the same as {type(self).__name__}, {world_size}"
             )
 
@@ -101,30 +129,29 @@ class Objective(nn.Module):
             logit_scale: 1/tau, one element (`model.logit_scale.exp()`).
             patch_features: [B, P, D], not normalised.
             token_features: [B, L, D], not normalised.
-            token_mask: bool [B, L], True for the tokens that count.
+            token_mask: bool [B, L], True for valid tokens.
             logit_bias: one element or None, for SigLipLoss.
             patch_mask: bool [B, P] or None, False for padding patches.
             region_mask: bool [B, L, P] or None, True for the patches a token may use; SparcLoss only.
             output_dict: return the weighted terms by name instead of their sum.
-            others: the model's further outputs: `further_inputs`, and what is handed to `global_loss`.
+            others: the model's further outputs: `further_inputs`, and those that `global_loss` uses.
 
         Returns:
             Scalar, or {"contrastive_loss": ..., "fine_grained_loss": ..., and the global loss's other terms},
-            already weighted, whose sum is that scalar; and in the dictionary what `metrics_of` adds, which is none of
-            the terms.
+            already weighted, whose sum is that scalar. The dictionary also has the entries of `diagnostics_of`, which
+            are not terms.
 
         Raises:
             TypeError: features not floating point, a mask not bool; no patch_features, token_features or token_mask,
                 which a model in evaluation mode does not return.
             ValueError: ranks, sizes or devices that disagree, no pair, a logit_scale of several elements.
         """
-        local = {"patch_features": patch_features, "token_features": token_features, "token_mask": token_mask}
-        missing = [name for name, value in local.items() if value is None]
-        if missing:
+        if patch_features is None or token_features is None or token_mask is None:
+            local = {"patch_features": patch_features, "token_features": token_features, "token_mask": token_mask}
             raise TypeError(
-                f"{type(self).__name__} got no {', '.join(missing)}; expected the outputs of a model from "
-                "sparc_loss.surface_embeddings in training mode (call model.train()): in evaluation mode it returns "
-                "what open_clip returns"
+                f"{type(self).__name__} got no {', '.join(name for name, value in local.items() if value is None)}; "
+                "expected the outputs of a model from sparc_loss.surface_embeddings in training mode (call "
+                "model.train()): in evaluation mode it returns what open_clip returns"
             )
         check_features(
             "b c, b c, b p d, b l d",
@@ -134,42 +161,39 @@ class Objective(nn.Module):
             token_features=token_features,
         )
         if len(image_features) == 0:
-            raise ValueError(f"image_features has shape {list(image_features.shape)}; expected a pair or more")
+            raise ValueError(f"image_features has shape {list(image_features.shape)}; expected at least one pair")
         check_scale(logit_scale)
         further = self._taken_from(others)
-        local_outputs = {
-            "patch_features": patch_features,
-            "token_features": token_features,
-            "token_mask": token_mask,
-            "patch_mask": patch_mask,
-            "region_mask": region_mask,
-        }
         terms = self._global_terms(image_features, text_features, logit_scale, logit_bias, others)
-        outputs = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "logit_scale": logit_scale if self.fine_grained_scale is None else self.fine_grained_scale,
-            **local_outputs,
-            **further,
-        }
+        outputs = ModelOutputs(
+            image_features,
+            text_features,
+            logit_scale if self.fine_grained_scale is None else self.fine_grained_scale,
+            patch_features,
+            token_features,
+            token_mask,
+            patch_mask,
+            region_mask,
+            further,
+        )
         if self.fine_grained_weight == 0:
             term = patch_features.new_zeros((), dtype=torch.float32) + zero_of(*further.values())
         else:
-            term = self.fine_grained_weight * self.fine_grained_term(**outputs)
+            term = self.fine_grained_weight * self.fine_grained_term(outputs)
         terms["fine_grained_loss"] = term
-        terms.update(self.further_terms(**outputs))
-        return {**terms, **self.metrics_of(**local_outputs)} if output_dict else sum(terms.values())
+        terms.update(self.further_terms(outputs))
+        return {**terms, **self.diagnostics_of(outputs)} if output_dict else reduce(add, terms.values())
 
-    def fine_grained_term(self, **outputs: Tensor | float | None) -> Tensor:
-        """The fine-grained loss before its weight, a scalar; `outputs` are forward's, with the term's own scale."""
+    def fine_grained_term(self, outputs: ModelOutputs) -> Tensor:
+        """The fine-grained loss before its weight, a scalar."""
         raise NotImplementedError
 
-    def further_terms(self, **outputs: Tensor | float | None) -> dict[str, Tensor]:
-        """Weighted terms of the objective beside the other two, by name; `outputs` as for `fine_grained_term`."""
+    def further_terms(self, outputs: ModelOutputs) -> dict[str, Tensor]:
+        """Further weighted terms of the objective, by name."""
         return {}
 
-    def metrics_of(self, **local_outputs: Tensor | None) -> dict[str, Tensor]:
-        """Detached scalars to log beside the terms, by names that do not end in `_loss`; nothing here."""
+    def diagnostics_of(self, outputs: ModelOutputs) -> dict[str, Tensor]:
+        """Detached scalars to log beside the terms, by names that do not end in `_loss`; none here."""
         return {}
 
     def extra_repr(self) -> str:
@@ -186,7 +210,7 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         if self.global_weight == 0 and not others:
             return {"contrastive_loss": zero_of(image_features, text_features, logit_scale, logit_bias)}
-        # CoCaLoss and DistillClipLoss know no logit_bias.
+        # CoCaLoss and DistillClipLoss do not take a logit_bias.
         bias = {} if logit_bias is None else {"logit_bias": logit_bias}
         terms = self.global_loss(
             image_features=image_features,
@@ -219,11 +243,4 @@ class Objective(nn.Module):
 
 def zero_of(*used: Tensor | float | None) -> Tensor:
     """Zero, attached to all of these: DistributedDataParallel waits for the gradient of every parameter."""
-    return 0 * sum(each.float().sum() for each in used if isinstance(each, Tensor))
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise TypeError unless `value` is a real number, ValueError unless it is finite and above 0."""
-    check_number(name, value, 0)
-    if value == 0:
-        raise ValueError(f"{name} is 0; expected a number above 0")
+    return 0 * reduce(add, (each.float().sum() for each in used if isinstance(each, Tensor)), torch.zeros(()))

@@ -1,27 +1,29 @@
 """SPARC: open_clip's global loss plus the fine-grained loss within each pair (arXiv 2401.09865, Eq. 7).
 
-With `image_negatives`, which the paper does not have, a contrast of each pair's alignment with other images as well.
+With `image_negatives`, which is not in the paper, it also contrasts the alignment of each pair with other images.
 """
 
 import logging
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparc_loss import functional, fused, fused_contrast
-from sparc_loss._validation import check_choice, check_number, check_whole_number
-from sparc_loss.functional import (
-    ALIGNMENTS,
-    REDUCTIONS,
-    Alignment,
-    Reduction,
-    countable_tokens,
-)
-from sparc_loss.losses.objective import Objective
-from sparc_loss.metrics import alignment_metrics
+from sparc_loss import functional, fused
+from sparc_loss._checks import check_choice, check_number, check_whole_number
+from sparc_loss._masks import valid_tokens
+from sparc_loss.diagnostics import alignment_diagnostics
+from sparc_loss.functional import Alignment, AlignmentSettings, Reduction
+from sparc_loss.losses.distributed import mean_over_ranks
+from sparc_loss.losses.objective import GlobalLossArguments, Objective
+from sparc_loss.losses.outputs import ModelOutputs
 
-IMPLEMENTATIONS = ("auto", "eager", "fused")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Implementation = Literal["auto", "eager", "fused"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "eager", "fused")
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +35,37 @@ class SparcLoss(Objective):
     The fine-grained half gathers nothing; with `reduction="token"` it all-reduces one integer.
 
     `image_negatives` adds `image_contrastive_weight` times `functional.image_contrastive_loss`. Its negatives are
-    images of the rank's own batch: over W ranks it is the mean over the captions of all, each contrasted with other
-    images of its rank. It gathers nothing either, and all-reduces one integer of its own.
+    images of the rank's own batch. Over W ranks it is the mean over the captions of all ranks, each contrasted with
+    other images of its rank. It gathers nothing either, and all-reduces one more integer.
 
     Args:
-        global_weight: lambda_g; scales the `contrastive_loss` of the global loss. 0 skips that half's work.
-        fine_grained_weight: lambda_f. 0 skips that half's work.
+        global_weight: lambda_g; scales the `contrastive_loss` of the global loss. 0 skips its computation.
+        fine_grained_weight: lambda_f. 0 skips its computation.
         threshold: sigma of Eq. 3 in [0, 1]; None is the paper's 1/P.
         alignment: "sparse" (the paper), "dense" (no Eq. 3) or "softmax" (over patches, instead of Eqs. 2-4).
         reduction: "token" (the paper's Listing 1) or "sample" (its Eq. 6).
         fine_grained_scale: 1/tau of the fine-grained half; None shares the model's learned `logit_scale` (the paper).
-        image_negatives: K, the number of other images with which each caption's alignment is contrasted; costs 1 + K
-            alignments. A batch with fewer other images uses those it has. 0 is the paper.
-        image_contrastive_weight: of that contrast. 0 skips its work. Its settings are those of the fine-grained half.
-        implementation: "eager" takes the plain functions of `sparc_loss.functional`, differentiable to any order and
-            compiled without a graph break; "fused" takes `sparc_loss.fused`, cheaper, with first derivatives only and
-            a graph break under torch.compile. "auto" takes "fused" on the CPU, and on CUDA for the contrast with
-            other images, whose plain form needs much memory. It takes "eager" for the fine-grained loss on CUDA,
-            because the host waits in the fused one: beside a ViT-B/16 step of 256 pairs on an H100, eager adds 3.4 %
-            of time and fused 10 %. It also takes "eager" on other devices, in torch.compile, torch.func and
-            forward-mode differentiation. It logs each choice once, at debug level.
+        image_negatives: K, the number of other images with which each caption's alignment is contrasted; it costs
+            1 + K alignments. A batch with fewer other images uses all of them. 0 is the paper.
+        image_contrastive_weight: of that contrast. 0 skips its computation. Its settings are those of the
+            fine-grained half.
+        implementation: "eager" uses `sparc_loss.functional`, differentiable to any order and compiled without a graph
+            break. "fused" uses `sparc_loss.fused`, cheaper, with first derivatives only and a graph break under
+            torch.compile. "auto" uses "fused" on the CPU, and on CUDA for the contrast with other images, whose eager
+            form needs much memory. It uses "eager" for the fine-grained loss on CUDA, because the host waits in the
+            fused one: in a ViT-B/16 step of 256 pairs on an H100, eager adds 3.4 % of time and fused 10 %. It also
+            uses "eager" on other devices, in torch.compile, torch.func and forward-mode differentiation. It logs each
+            choice once, at debug level.
+        diagnostics: with `output_dict=True`, also return the numbers of `sparc_loss.diagnostics`, which are not terms
+            of the loss and have no gradient. Use it in a loop that sums only the keys ending in `_loss` and logs the
+            others, such as that of open_clip 4.
+        metrics: the old name of `diagnostics`; deprecated.
         global_loss: a module called like open_clip's losses and returning a dict with `contrastive_loss`, such as
-            SigLipLoss or CoCaLoss; its other terms pass through unweighted. None makes a ClipLoss.
+            SigLipLoss or CoCaLoss; its other terms are passed through unweighted. None creates a ClipLoss.
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
-        metrics: with `output_dict=True`, also return the numbers of `sparc_loss.metrics.alignment_metrics`, which are
-            no terms of the loss and have no gradient: for a loop that sums only the keys ending in `_loss`, as that of
-            open_clip 4, and logs the others.
 
     Raises:
-        TypeError: a weight, threshold or scale that is no number, a K that is not whole.
+        TypeError: a weight, threshold or scale that is not a number, a K that is not a whole number.
         ValueError: a negative weight or K, a threshold outside [0, 1], a scale not above 0, an unknown `alignment`,
             `reduction` or `implementation`; `world_size > 1` without `gather_with_grad=True`, or a `global_loss`
             of another world_size.
@@ -94,33 +98,18 @@ class SparcLoss(Objective):
         fine_grained_scale: float | None = None,
         image_negatives: int = 0,
         image_contrastive_weight: float = 1.0,
-        implementation: str = "auto",
-        global_loss: nn.Module | None = None,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        metrics: bool = False,
+        implementation: Implementation = "auto",
+        diagnostics: bool = False,
+        metrics: bool | None = None,
+        **shared: "Unpack[GlobalLossArguments]",
     ) -> None:
-        super().__init__(
-            global_weight=global_weight,
-            fine_grained_weight=fine_grained_weight,
-            fine_grained_scale=fine_grained_scale,
-            global_loss=global_loss,
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            cache_labels=cache_labels,
-            rank=rank,
-            world_size=world_size,
-        )
-        if threshold is not None:
-            check_number("threshold", threshold, 0, 1)
-        check_choice("alignment", alignment, ALIGNMENTS)
-        check_choice("reduction", reduction, REDUCTIONS)
+        super().__init__(global_weight, fine_grained_weight, fine_grained_scale, **shared)
+        AlignmentSettings(threshold, alignment, reduction)  # checks them
         check_choice("implementation", implementation, IMPLEMENTATIONS)
         check_whole_number("image_negatives", image_negatives, 0)
         check_number("image_contrastive_weight", image_contrastive_weight, 0)
+        if metrics is not None:
+            warnings.warn("SparcLoss(metrics=...) is now diagnostics=...", DeprecationWarning, stacklevel=2)
 
         self.threshold = threshold
         self.alignment = alignment
@@ -128,88 +117,49 @@ class SparcLoss(Objective):
         self.image_negatives = image_negatives
         self.image_contrastive_weight = image_contrastive_weight
         self.implementation = implementation
-        self.metrics = metrics
+        self.diagnostics = diagnostics if metrics is None else metrics
         self._logged: set[str] = set()
 
-    def fine_grained_term(
-        self,
-        *,
-        logit_scale: Tensor | float,
-        patch_features: Tensor,
-        token_features: Tensor,
-        token_mask: Tensor,
-        patch_mask: Tensor | None,
-        region_mask: Tensor | None,
-        **_: Tensor,
-    ) -> Tensor:
-        """L_f of this rank's captions, so scaled that the mean over ranks is L_f of the whole batch."""
-        module = fused if self._fuses(("cpu",), patch_features, token_features, logit_scale) else functional
-        loss = module.fine_grained_loss(
-            patch_features,
-            token_features,
-            token_mask,
-            logit_scale,
-            threshold=self.threshold,
-            alignment=self.alignment,
-            reduction=self.reduction,
-            patch_mask=patch_mask,
-            region_mask=region_mask,
-        )
+    def fine_grained_term(self, outputs: ModelOutputs) -> Tensor:
+        """L_f of this rank's captions, scaled so that the mean over ranks is L_f of the whole batch."""
+        fuse = self._fuses(("cpu",), outputs)
+        function = fused.fine_grained_loss if fuse else functional.fine_grained_loss
+        loss = function(*_features(outputs), **self._settings(), **_masks(outputs))
         if self.reduction == "token" and self.world_size > 1:
-            countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
-            loss = _mean_over_all(loss, countable.sum(), self.world_size)
+            loss = mean_over_ranks(loss, _valid_tokens(outputs).sum(), self.world_size)
         return loss
 
-    def further_terms(
-        self,
-        *,
-        logit_scale: Tensor | float,
-        patch_features: Tensor,
-        token_features: Tensor,
-        token_mask: Tensor,
-        patch_mask: Tensor | None,
-        region_mask: Tensor | None,
-        **_: Tensor,
-    ) -> dict[str, Tensor]:
+    def further_terms(self, outputs: ModelOutputs) -> dict[str, Tensor]:
         """{"image_contrastive_loss": ...}, weighted and scaled as the fine-grained term, if there are negatives."""
         if self.image_negatives == 0 or self.image_contrastive_weight == 0:
             return {}
-        devices = ("cpu", "cuda")
-        module = fused_contrast if self._fuses(devices, patch_features, token_features, logit_scale) else functional
-        loss = module.image_contrastive_loss(
-            patch_features,
-            token_features,
-            token_mask,
-            logit_scale,
-            self.image_negatives,
-            threshold=self.threshold,
-            alignment=self.alignment,
-            reduction=self.reduction,
-            patch_mask=patch_mask,
-            region_mask=region_mask,
-        )
+        fuse = self._fuses(("cpu", "cuda"), outputs)
+        function = fused.image_contrastive_loss if fuse else functional.image_contrastive_loss
+        loss = function(*_features(outputs), self.image_negatives, **self._settings(), **_masks(outputs))
         if self.reduction == "token" and self.world_size > 1:
-            countable = countable_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
-            loss = _mean_over_all(loss, countable.any(dim=1).sum(), self.world_size)
+            loss = mean_over_ranks(loss, _valid_tokens(outputs).any(dim=1).sum(), self.world_size)
         return {"image_contrastive_loss": self.image_contrastive_weight * loss}
 
-    def metrics_of(self, **local_outputs: Tensor | None) -> dict[str, Tensor]:
-        """The numbers of `alignment_metrics` where the constructor was asked for them."""
-        if not self.metrics:
+    def diagnostics_of(self, outputs: ModelOutputs) -> dict[str, Tensor]:
+        """The numbers of `alignment_diagnostics`, if the constructor was asked for them."""
+        if not self.diagnostics:
             return {}
-        return alignment_metrics(**local_outputs, threshold=self.threshold, alignment=self.alignment)
+        *local, _ = _features(outputs)
+        return alignment_diagnostics(*local, threshold=self.threshold, alignment=self.alignment, **_masks(outputs))
 
-    def _fuses(
-        self, devices: tuple[str, ...], patch_features: Tensor, token_features: Tensor, logit_scale: Tensor | float
-    ) -> bool:
-        """Whether to take the fused form, which is the better one on these kinds of devices."""
+    def _settings(self) -> dict[str, Any]:
+        return {"threshold": self.threshold, "alignment": self.alignment, "reduction": self.reduction}
+
+    def _fuses(self, devices: tuple[str, ...], outputs: ModelOutputs) -> bool:
+        """Whether to use the fused form, where "auto" prefers it on these types of devices."""
         if self.implementation != "auto":
             return self.implementation == "fused"
         if torch.compiler.is_compiling():
             _log_choice("eager", "inside torch.compile")
             return False
-        features = [each for each in (patch_features, token_features, logit_scale) if isinstance(each, Tensor)]
-        device = patch_features.device.type
+        patches, tokens, _, scale = _features(outputs)
+        features = [patches, tokens, *([scale] if isinstance(scale, Tensor) else [])]
+        device = patches.device.type
         choice = "fused" if device in devices and not fused.is_transformed(*features) else "eager"
         if choice not in self._logged:
             self._logged.add(choice)
@@ -217,14 +167,20 @@ class SparcLoss(Objective):
         return choice == "fused"
 
 
-def _mean_over_all(mean_here: Tensor, here: Tensor, world_size: int) -> Tensor:
-    """A rank's mean over its number `here` as its share of the mean over all ranks: divided by their mean number."""
-    everywhere = here.clone()
-    dist.all_reduce(everywhere)
-    return mean_here * here * world_size / everywhere.clamp(min=1)
+def _features(outputs: ModelOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    return outputs.patch_features, outputs.token_features, outputs.token_mask, outputs.logit_scale
 
 
-# Runs once while a graph is traced, instead of breaking it.
+def _masks(outputs: ModelOutputs) -> dict[str, Tensor | None]:
+    return {"patch_mask": outputs.patch_mask, "region_mask": outputs.region_mask}
+
+
+def _valid_tokens(outputs: ModelOutputs) -> Tensor:
+    patches, tokens, token_mask, _ = _features(outputs)
+    return valid_tokens(tokens, patches, token_mask, **_masks(outputs))
+
+
+# Runs once while a graph is traced, so that logging does not break the graph.
 @torch.compiler.assume_constant_result
 def _log_choice(choice: str, where: str) -> None:
-    logger.debug("implementation='auto' takes the %s fine-grained loss %s", choice, where)
+    logger.debug("implementation='auto' uses the %s fine-grained loss %s", choice, where)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sparc_loss.embeddings.surface import Surfaced, restore, surface_embeddings
 from sparc_loss.embeddings.vision import patch_size
+from sparc_loss.embeddings.words import Caption, read_caption
 from sparc_loss.evaluation import dataset
 from sparc_loss.functional import Alignment, alignment_weights, token_patch_similarity
-from sparc_loss.show.words import Caption, read_caption
 
 
 @dataclass(frozen=True)

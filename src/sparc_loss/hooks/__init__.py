@@ -1,0 +1,1 @@
+"""Hooks into open_clip_train: what is replaced for a run in each major version of open_clip."""

@@ -1,0 +1,176 @@
+"""Our plug-in, called the way open_clip's training calls it."""
+
+import logging
+import re
+from argparse import ArgumentParser, Namespace
+
+import open_clip
+import pytest
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+
+from sparc_loss import SparcLoss
+from sparc_loss.plugins.sparc import SPARC
+
+
+def parse(*argv: str, **open_clip_args) -> Namespace:
+    parser = ArgumentParser()
+    SPARC.add_arguments(parser)
+    args = dict(
+        model="ViT-B-32",
+        cache_dir=None,
+        force_context_length=None,
+        torchscript=False,
+        trace=False,
+        horovod=False,
+        distill=False,
+        siglip=False,
+        loss_dist_impl=None,
+        coca_caption_loss_weight=2.0,
+        coca_contrastive_loss_weight=1.0,
+        local_loss=False,
+        gather_with_grad=False,
+        rank=0,
+        world_size=1,
+        batch_size=8,
+        accum_freq=1,
+        force_quick_gelu=False,
+        force_custom_text=False,
+        force_patch_dropout=None,
+        force_image_size=None,
+    )
+    return parser.parse_args(list(argv), Namespace(**{**args, **open_clip_args}))
+
+
+@pytest.fixture
+def model():
+    vision = dict(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
+    return open_clip.CLIP(16, vision, dict(layers=1, width=32, heads=2))
+
+
+def test_the_defaults_are_those_of_sparc_loss():
+    loss, expected = SPARC.create_loss(parse()), SparcLoss()
+    assert repr(loss) == repr(expected)
+
+
+def test_every_flag_reaches_the_loss():
+    flags = "--sparc-global-weight 2 --sparc-fine-grained-weight 3 --sparc-threshold 0.25 --sparc-alignment dense"
+    flags += " --sparc-reduction sample --sparc-fine-grained-scale 20"
+    flags += " --sparc-image-negatives 3 --sparc-image-contrastive-weight 0.5"
+    loss = SPARC.create_loss(parse(*flags.split()))
+    assert (loss.global_weight, loss.fine_grained_weight, loss.threshold) == (2, 3, 0.25)
+    assert (loss.alignment, loss.reduction, loss.fine_grained_scale) == ("dense", "sample", 20)
+    assert (loss.image_negatives, loss.image_contrastive_weight) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "global_loss"),
+    [
+        ({}, ClipLoss),
+        ({"siglip": True}, SigLipLoss),
+        ({"distill": True}, DistillClipLoss),
+        ({"model": "coca_ViT-B-32"}, CoCaLoss),
+    ],
+)
+def test_the_global_loss_is_what_open_clip_makes_of_the_flags(flags, global_loss):
+    assert type(SPARC.create_loss(parse(**flags)).global_loss) is global_loss
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sparc-global-weight=-1", "argument --sparc-global-weight: '-1' given; expected a number of at least 0"),
+        ("--sparc-fine-grained-weight=x", "argument --sparc-fine-grained-weight: 'x' given; expected a number"),
+        ("--sparc-threshold=1.5", "argument --sparc-threshold: '1.5' given; expected a number between 0 and 1"),
+        ("--sparc-fine-grained-scale=0", "argument --sparc-fine-grained-scale: '0' given; expected a number above 0"),
+        (
+            "--sparc-fine-grained-scale=nan",
+            "argument --sparc-fine-grained-scale: 'nan' given; expected a finite number of at least 0",
+        ),
+        ("--sparc-alignment=hard", "argument --sparc-alignment: invalid choice: 'hard'"),
+        ("--sparc-reduction=mean", "argument --sparc-reduction: invalid choice: 'mean'"),
+        ("--sparc-tokens=none", "argument --sparc-tokens: invalid choice: 'none'"),
+        (
+            "--sparc-image-negatives=-1",
+            "argument --sparc-image-negatives: '-1' given; expected a whole number of at least 0",
+        ),
+        (
+            "--sparc-image-contrastive-weight=-1",
+            "argument --sparc-image-contrastive-weight: '-1' given; expected a number of at least 0",
+        ),
+        ("--sparc-start=-1", "argument --sparc-start: '-1' given; expected a whole number of at least 0"),
+        ("--sparc-probe-every=x", "argument --sparc-probe-every: 'x' given; expected a whole number"),
+        ("--sparc-show-every=0", "argument --sparc-show-every: '0' given; expected a whole number of at least 1"),
+        ("--sparc-show-every=1.5", "argument --sparc-show-every: '1.5' given; expected a whole number"),
+    ],
+)
+def test_a_bad_value_is_one_error_naming_the_flag(flag, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(flag)
+    assert message in capsys.readouterr().err
+
+
+def test_prepare_model_surfaces_the_same_object(model):
+    assert SPARC.prepare_model(model, parse()) is model
+    assert hasattr(model, "encode_patches")
+
+
+def test_one_process_leaves_open_clips_flags_alone(model):
+    args = parse()
+    SPARC.prepare_model(model, args)
+    assert not args.local_loss
+    assert not args.gather_with_grad
+
+
+def test_several_processes_gather_with_gradient_and_say_so(model, caplog):
+    args = parse(world_size=8)
+    with caplog.at_level(logging.INFO):
+        SPARC.prepare_model(model, args)
+    assert args.local_loss
+    assert args.gather_with_grad
+    assert "8 processes, turning on --local-loss --gather-with-grad" in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["torchscript", "trace", "horovod"])
+def test_what_cannot_work_is_refused_with_the_reason(model, flag):
+    with pytest.raises(ValueError, match=f"--{flag} is set; expected it off with --loss sparc: "):
+        SPARC.prepare_model(model, parse(**{flag: True}))
+
+
+def test_several_processes_keep_gather_with_gradient_and_get_local_loss(model):
+    """Either of open_clip's two flags alone is not enough."""
+    for given in ({"gather_with_grad": True}, {"local_loss": True}):
+        args = parse(world_size=8, **given)
+        SPARC.prepare_model(model, args)
+        assert args.local_loss
+        assert args.gather_with_grad
+
+
+@pytest.mark.parametrize(("batch_size", "accum_freq", "negatives"), [(8, 1, 8), (8, 2, 16), (1, 1, 1), (4, 1, 100)])
+def test_more_image_negatives_than_a_batch_has_are_refused(model, batch_size, accum_freq, negatives):
+    args = parse("--sparc-image-negatives", str(negatives), batch_size=batch_size, accum_freq=accum_freq)
+    message = f"--sparc-image-negatives is {negatives} with batches of {batch_size * accum_freq} pairs on each process"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SPARC.check_args(args)
+    args.sparc_image_negatives = batch_size * accum_freq - 1
+    SPARC.check_args(args)
+
+
+def test_naflex_batches_may_have_fewer_images_than_negatives(model):
+    SPARC.check_args(parse("--sparc-image-negatives", "8", use_naflex=True, naflex_seq_lens=[16]))
+
+
+@pytest.mark.parametrize(("epoch", "weights"), [(0, (0, 0)), (1, (0, 0)), (2, (0.3, 0.2)), (7, (0.3, 0.2))])
+def test_the_fine_grained_terms_begin_with_the_epoch_that_sparc_start_names(epoch, weights):
+    args = parse(
+        *("--sparc-start", "2", "--sparc-fine-grained-weight", "0.3"),
+        *("--sparc-image-negatives", "1", "--sparc-image-contrastive-weight", "0.2"),
+    )
+    loss = SPARC.create_loss(args)
+    SPARC.before_epoch(loss, epoch, args)
+    assert (loss.fine_grained_weight, loss.image_contrastive_weight) == weights
+    assert loss.global_weight == 0.5
+
+
+def test_without_the_launcher_sparc_start_is_refused(model):
+    with pytest.raises(ValueError, match=r"--sparc-start is set; expected it off, or python -m sparc_loss.train"):
+        SPARC.prepare_model(model, parse("--sparc-start", "2"))

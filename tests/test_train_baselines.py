@@ -1,0 +1,57 @@
+"""`python -m sparc_loss.train --loss filip | pacl | gloria | mgca`, as real processes on the CPU."""
+
+import math
+
+import pytest
+from launching import checkpoint, checkpoint_path, logged_losses, train, write_tiny_data
+from loading import assert_loads_without_sparc_loss
+
+LAUNCHER = ("-m", "sparc_loss.train", "--loss")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *LAUNCHER)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baselines")
+    write_tiny_data(folder)
+    return folder
+
+
+def assert_logged(log: str, *terms: str) -> None:
+    for term in terms:
+        losses = logged_losses(log, term)
+        assert losses, log
+        assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("filip", ("--filip-global-weight", "0.5", "--val-data", "{folder}/val.csv")),
+        ("pacl", ("--precision", "amp_bf16", "--pacl-global-weight", "1")),
+        ("gloria", ("--accum-freq", "2")),
+    ],
+)
+def test_trains(folder, name, flags):
+    flags = [flag.format(folder=folder) for flag in flags]
+    log = train(folder, *flags, name=name, launcher=(*LAUNCHER, name))
+    assert_logged(log, "Contrastive_loss", "Fine_grained_loss")
+
+
+def test_mgca_trains_its_heads_resumes_with_them_and_loads_in_plain_open_clip(folder):
+    resumable = ("--lr-scheduler", "const", "--val-data", str(folder / "val.csv"))
+    log = train(folder, *resumable, name="mgca", launcher=(*LAUNCHER, "mgca"))
+    assert_logged(log, "Contrastive_loss", "Fine_grained_loss", "Prototype_loss")
+    log = train(folder, *resumable, "--resume", "latest", name="mgca", epochs=2, launcher=(*LAUNCHER, "mgca"))
+    assert "resuming checkpoint" in log
+
+    first, second = (checkpoint(folder, "mgca", epoch)["state_dict"] for epoch in (1, 2))
+    heads = [state_dict._metadata["mgca_heads"]["parameters"]["prototypes"] for state_dict in (first, second)]
+    assert 0 < (heads[0] - heads[1]).abs().max() < 0.1  # trained further, not made anew: they are normal at first
+    assert_loads_without_sparc_loss(checkpoint_path(folder, "mgca", 2), folder / "tiny.json")
+
+
+def test_mgca_trains_on_two_gloo_ranks(folder):
+    log = train(folder, name="mgca-two-ranks", launcher=(*TORCHRUN, "mgca"))
+    assert_logged(log, "Contrastive_loss", "Fine_grained_loss", "Prototype_loss")
+    assert log.count("turning on --local-loss --gather-with-grad") == 1
