@@ -24,16 +24,16 @@ def main(argv: list[str] | None = None) -> int:
 
             return train.main(rest)
         case ["evaluate", *rest]:
-            from sparc_loss.evaluation import command
+            from sparc_loss.evaluation.command import main as evaluate
 
-            return command.main(rest)
+            return evaluate(rest)
         case ["show", *rest]:
             try:
-                from sparc_loss.show import command
+                from sparc_loss.show.command import main as show
             except ImportError as error:
                 print(f"sparc-loss show: error: {error}; pip install 'sparc-loss[show]'", file=sys.stderr)
                 return 2
-            return command.main(rest)
+            return show(rest)
         case ["--version"]:
             print(f"sparc-loss {__version__}")
             return 0

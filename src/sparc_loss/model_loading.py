@@ -105,7 +105,6 @@ def load_model(args: Namespace) -> "tuple[nn.Module, Callable[[Any], Tensor], An
         ImportError: without open_clip.
     """
     import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2
 
     described = args.model.startswith(("local-dir:", "hf-hub:"))
     if not described and args.model not in open_clip.list_models():
@@ -145,8 +144,17 @@ def load_model(args: Namespace) -> "tuple[nn.Module, Callable[[Any], Tensor], An
     except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
         what = f"{args.model} with {args.pretrained}" if args.pretrained else args.model
         raise ValueError(f"{what} cannot be loaded: {why_not_loaded(args.pretrained, error)}") from error
-    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-    return model, preprocess, tokenizer
+    return model, preprocessing_of(model), tokenizer
+
+
+def preprocessing_of(model: Any, **changes: Any) -> "Callable[[Any], Tensor]":
+    """The preprocessing for evaluation that open_clip stores in a model, with some of its settings changed."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transform: Callable[[Any], Tensor] = image_transform_v2(
+        PreprocessCfg(**{**model.visual.preprocess_cfg, **changes}), is_train=False
+    )
+    return transform
 
 
 def why_not_loaded(path: str | Path | None, error: Exception) -> str:

@@ -167,11 +167,11 @@ def what_is_masked_has_no_gradient(objective: Objective, batch: LocalBatch) -> N
     """Tokens that do not count and patches left out have a gradient of exactly zero."""
     batch = batch.with_gradients()
     objective(**batch.arguments()).backward()
-    assert (batch.token_features.grad[~batch.token_mask] == 0).all(), "a masked token has a gradient"
+    assert (_gradient(batch.token_features)[~batch.token_mask] == 0).all(), "a masked token has a gradient"
     left_out = ~_patch_mask(batch)
     if batch.region_mask is not None:
         left_out = left_out | ~(batch.region_mask & batch.token_mask[..., None]).any(dim=1)
-    assert (batch.patch_features.grad[left_out] == 0).all(), "a patch that no token may use has a gradient"
+    assert (_gradient(batch.patch_features)[left_out] == 0).all(), "a patch that no token may use has a gradient"
 
 
 def loss_and_gradients_are_finite(objective: Objective, batch: LocalBatch) -> None:
@@ -220,6 +220,11 @@ INVARIANTS: Sequence[Callable[[Objective, LocalBatch], None]] = (
 def _same(objective: Objective, changed: LocalBatch, batch: LocalBatch) -> None:
     tolerance = 1e-9 if batch.patch_features.dtype == torch.float64 else 1e-4
     assert_close(objective(**changed.arguments()), objective(**batch.arguments()), rtol=tolerance, atol=tolerance)
+
+
+def _gradient(features: Tensor) -> Tensor:
+    assert features.grad is not None, "the loss is not attached to the features"
+    return features.grad
 
 
 def _patch_mask(batch: LocalBatch) -> Tensor:

@@ -119,10 +119,11 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
 
 def _check_args_of_loss(parser: ArgumentParser, args: Namespace, plugin: LossPlugin | None) -> None:
     """Let the plug-in refuse arguments before anything is written."""
-    if not hasattr(plugin, "check_args"):
+    check_args = getattr(plugin, "check_args", None)
+    if check_args is None:
         return
     try:
-        plugin.check_args(_with_ranks(args))
+        check_args(_with_ranks(args))
     except (ValueError, TypeError, ImportError, OSError) as error:
         logger.debug("", exc_info=error)
         parser.error(" ".join(str(error).split()))

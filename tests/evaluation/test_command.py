@@ -299,7 +299,7 @@ def test_a_worker_that_ends_is_one_line(folder, weights, tmp_path, end, reason):
     # Where a child were left behind, the run would not be over: it holds its output open.
     script = f"""
 import os, signal
-import sparc_loss.evaluation.evaluate as module
+import sparc_loss.evaluation.image_batches as module
 read = module.read_image
 module.read_image = lambda path: {end} if path.name == "val5.png" else read(path)
 """

@@ -13,7 +13,8 @@ from einops import reduce
 from PIL import Image
 
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, NamedObject
-from sparc_loss.evaluation.evaluate import Options, _Encoder, _image_batches, evaluate
+from sparc_loss.evaluation.evaluate import Options, _Encoder, evaluate
+from sparc_loss.evaluation.image_batches import image_batches
 from sparc_loss.functional import fine_grained_loss
 
 WORDS = ("<start>", "<end>", "a", "red", "green", "blue", "yellow", "and")
@@ -422,7 +423,7 @@ def test_top_k_is_measured_from_k_classes_on(tmp_path, classes, ranks):
 
 def test_a_batch_is_sent_in_two_tensors_or_in_one_where_both_readings_are_the_same(data):
     for model, tensors in ((ColourModel(), 2), (OddModel(), 1)):
-        (batch,) = _image_batches(model, data, Options())
+        (batch,) = image_batches(model, data.images, Options().batch_size, 0)
         assert batch.images.shape == batch.whole.shape == (2, 3, *[model.visual.preprocess_cfg["size"]] * 2)
         assert len({id(batch.images), id(batch.whole)}) == tensors
         assert sorted(batch.indices) == [0, 1]
@@ -443,7 +444,7 @@ def test_an_error_of_any_kind_in_reading_names_the_image(bare, monkeypatch, work
     def fail(image):
         raise MemoryError
 
-    monkeypatch.setattr("sparc_loss.evaluation.evaluate.image_transform_v2", lambda *_, **__: fail)
+    monkeypatch.setattr("sparc_loss.evaluation.image_batches.preprocessing_of", lambda *_, **__: fail)
     with pytest.raises(DataError, match=r"^\S*\d\.png cannot be read: MemoryError"):
         evaluate(ColourModel(), ColourTokenizer(), bare, Options(workers=workers))
     assert multiprocessing.active_children() == []

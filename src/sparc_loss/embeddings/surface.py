@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparc_loss.embeddings.text import check_text_tower, forward_with_tokens, tower_with_tokens
-from sparc_loss.embeddings.token_mask import Tokens, check_tokens, token_conventions
+from sparc_loss.embeddings.token_mask import TokenConventions, Tokens, check_tokens, token_conventions
 from sparc_loss.embeddings.towers import SurfacedTower, restore_tower, surface_tower
 from sparc_loss.embeddings.vision import Images, check_vision_tower, forward_with_patches
 
@@ -25,7 +25,18 @@ COCA_OUTPUTS_LABELS = "output_labels" in inspect.signature(CoCa.forward).paramet
 
 
 class Surfaced:
-    """What a surfaced model does beyond its open_clip class; mixed in before that class."""
+    """The methods of a surfaced model beyond those of its open_clip class; mixed in before that class."""
+
+    # Of the open_clip class.
+    training: bool
+    visual: Any
+    text: Any
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    # Set by `surface_embeddings`.
+    _token_conventions: TokenConventions
+    _tokens: Tokens
+    _unsurfaced_output_dict: bool | None
 
     def forward(self, image: Images | None = None, text: Tensor | None = None) -> Any:
         """In training mode, open_clip's output dictionary with three more entries; else open_clip's own forward.
@@ -40,7 +51,7 @@ class Surfaced:
             token_mask bool [B, L]. A fourth entry for NaFlex patches: patch_mask bool [B, P], False for padding.
         """
         if not self.training or image is None or text is None:
-            return super().forward(image, text)
+            return super().forward(image, text)  # type: ignore[misc]  # of the open_clip class
         image_features, patch_features, _, patch_mask = self.visual(image, with_embeddings=True)
         text_features, token_features = self._text_with_tokens(text)
         output = {
@@ -164,17 +175,18 @@ def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -
     """
     check_tokens(tokens)
     conventions = token_conventions(tokenizer)
+    surfaced: Any = model
     if not isinstance(model, Surfaced):
         check_model(model)
-        model._unsurfaced_output_dict = getattr(model, "output_dict", None)  # CoCa has none
-        model.__class__ = SURFACED_CLASSES[type(model)]
-    surface_tower(model.visual, forward_with_patches)
+        surfaced._unsurfaced_output_dict = getattr(model, "output_dict", None)  # CoCa has none
+        surfaced.__class__ = SURFACED_CLASSES[type(model)]
+    surface_tower(surfaced.visual, forward_with_patches)
     if not isinstance(model, CLIP):
-        surface_tower(model.text, tower_with_tokens)
-    if model._unsurfaced_output_dict is not None:
-        model.output_dict = True
-    model._token_conventions = conventions
-    model._tokens = tokens
+        surface_tower(surfaced.text, tower_with_tokens)
+    if surfaced._unsurfaced_output_dict is not None:
+        surfaced.output_dict = True
+    surfaced._token_conventions = conventions
+    surfaced._tokens = tokens
     return model
 
 
@@ -203,12 +215,12 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _swapped_by_us(tower: nn.Module) -> bool:
+def _swapped_by_us(tower: Any) -> bool:
     """Whether the tower has the class that `surface_tower` gave it, or has none of ours."""
     return not isinstance(tower, SurfacedTower) or SurfacedTower in type(tower).__bases__
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: Any) -> None:
     """Raise TypeError, naming what was found, unless `surface_embeddings` knows the model and its towers."""
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
@@ -223,7 +235,7 @@ def check_model(model: nn.Module) -> None:
     check_text_tower(model)
 
 
-def _holds_open_clip_model(model: nn.Module) -> bool:
+def _holds_open_clip_model(model: Any) -> bool:
     """At any depth: PEFT's models hold it two levels deep."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return any(isinstance(module, (Surfaced, *SURFACED_CLASSES)) for module in modules)

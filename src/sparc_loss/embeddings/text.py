@@ -18,7 +18,7 @@ except ImportError:  # open_clip before 4
     ModernTextTransformer = ()
 
 
-def forward_with_tokens(model: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
+def forward_with_tokens(model: Any, texts: Tensor) -> tuple[Any, Tensor]:
     """One pass of the model's text tower over token ids [B, L].
 
     Returns:
@@ -29,7 +29,7 @@ def forward_with_tokens(model: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
     return _clip_text(model, texts) if isinstance(model, CLIP) else tower_with_tokens(model.text, texts)
 
 
-def tower_with_tokens(text: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
+def tower_with_tokens(text: Any, texts: Tensor) -> tuple[Any, Tensor]:
     """`forward_with_tokens` of the text tower of a CustomTextCLIP or CoCa."""
     if isinstance(text, TextTransformer):
         return _text_transformer(text, texts)
@@ -38,7 +38,7 @@ def tower_with_tokens(text: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
     return _hf_text_encoder(text, texts)
 
 
-def check_text_tower(model: nn.Module) -> None:
+def check_text_tower(model: Any) -> None:
     """Raise TypeError, naming the tower, unless its token embeddings are known."""
     if isinstance(model, CLIP) or isinstance(model.text, (TextTransformer, ModernTextTransformer)):
         return
@@ -75,7 +75,7 @@ def _text_transformer(text: TextTransformer, texts: Tensor) -> tuple[Any, Tensor
     return (pooled, states) if text.output_tokens else pooled, _project(tokens, text.text_projection)
 
 
-def _modern_text_transformer(text: nn.Module, texts: Tensor) -> tuple[Any, Tensor]:
+def _modern_text_transformer(text: Any, texts: Tensor) -> tuple[Any, Tensor]:
     states, valid, _ = text._encode_tokens(texts)
     states = text.ln_final(states)[:, text.num_reg :]
     pooled = _project(text.pool(states, text=texts, valid=valid, eos_id=text.eos_id), text.text_projection)

@@ -45,7 +45,7 @@ class TokenConventions:
             is_end = (texts == self.end_id).int()
             counts = is_end.cumsum(dim=-1) - is_end == 0
         else:
-            is_pad = texts == self.pad_id
+            is_pad = torch.eq(texts, self.pad_id if self.pad_id is not None else -1)
             nth_pad = is_pad.flip(-1).cumsum(dim=-1).flip(-1) if self.padded_left else is_pad.cumsum(dim=-1)
             counts = ~is_pad | (nth_pad <= self.pads_around_words)
         if tokens == "words":
@@ -97,9 +97,9 @@ def token_conventions(tokenizer: Any) -> TokenConventions:
     # Not by calling the tokenizer, which would put NLLB's language back to its first.
     around_words = hf_tokenizer.encode("")
     # In this order: an unknown word is a word, but not where the same id is also written as start or end.
-    special_ids = {*hf_tokenizer.all_special_ids} - {hf_tokenizer.unk_token_id} | {*around_words}
+    specials = {*hf_tokenizer.all_special_ids} - {hf_tokenizer.unk_token_id} | {*around_words}
     return TokenConventions(
-        special_ids=tuple(sorted(special_ids)),
+        special_ids=tuple(sorted(specials)),
         pad_id=pad_id,
         pads_around_words=around_words.count(pad_id),
         padded_left=hf_tokenizer.padding_side == "left",

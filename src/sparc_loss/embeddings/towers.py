@@ -23,20 +23,21 @@ class SurfacedTower:
     """The class that `restore_tower` gives back."""
 
 
-def surface_tower(tower: nn.Module, forward_with_embeddings: Callable[..., tuple]) -> None:
+def surface_tower(tower: Any, forward_with_embeddings: Callable[..., tuple]) -> None:
     """Let a tower's call return `forward_with_embeddings(tower, inputs)` where it is given `with_embeddings=True`."""
-    if not isinstance(tower, SurfacedTower):
-        tower.__class__ = _surfaced_class(type(tower), forward_with_embeddings)
+    plain: Any = type(tower)
+    if not issubclass(plain, SurfacedTower):
+        tower.__class__ = _surfaced_class(plain, forward_with_embeddings)
 
 
-def restore_tower(tower: nn.Module) -> None:
+def restore_tower(tower: Any) -> None:
     """Give a tower its own class back."""
-    if isinstance(tower, SurfacedTower):
+    if issubclass(type(tower), SurfacedTower):
         tower.__class__ = tower.plain_class
 
 
 @functools.cache
-def _surfaced_class(plain: type[nn.Module], forward_with_embeddings: Callable[..., tuple]) -> type[nn.Module]:
+def _surfaced_class(plain: Any, forward_with_embeddings: Callable[..., tuple]) -> Any:
     def forward(self: nn.Module, *inputs: Any, with_embeddings: bool = False, **named: Any) -> Any:
         return forward_with_embeddings(self, *inputs) if with_embeddings else plain.forward(self, *inputs, **named)
 

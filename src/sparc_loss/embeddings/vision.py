@@ -23,7 +23,7 @@ from torch.nn import functional as F
 try:
     from timm.models import NaFlexVit
 except ImportError:  # timm before 1.0.16
-    NaFlexVit = ()
+    NaFlexVit = ()  # type: ignore[assignment, misc]
 
 Images = Tensor | dict[str, Any]
 """Images [B, 3, H, W]; or NaFlex patches, as open_clip_train's collator has them, of images of any size: patches
@@ -35,7 +35,7 @@ MAP_TRUNKS = (ConvNeXt, FastVit, SwinTransformer)  # [B, C, H, W], or [B, H, W, 
 Passed = tuple[Any, Tensor, tuple[int, int] | None, Tensor | None]
 
 
-def forward_with_patches(visual: nn.Module, images: Images) -> Passed:
+def forward_with_patches(visual: Any, images: Any) -> Passed:
     """One pass of the tower over images [B, 3, H, W], or over NaFlex patches where the tower is a NaFlexVit.
 
     Returns:
@@ -56,7 +56,7 @@ def forward_with_patches(visual: nn.Module, images: Images) -> Passed:
     return *_timm_map(visual, images), None
 
 
-def patch_size(visual: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
+def patch_size(visual: Any, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
     """Height and width of a patch in pixels of the tower's input; the grid of patches starts at the top left corner.
 
     Where the image is no multiple of the patch, a tower leaves the pixels at the right and at the bottom out (a ViT),
@@ -76,20 +76,21 @@ def patch_size(visual: nn.Module, size: tuple[int, int], grid: tuple[int, int]) 
         return to_2tuple(trunk.feature_info[-1]["reduction"])
     if isinstance(embedding, HybridEmbed):
         # Its convolutions halve the image a few times; timm only divides the image's size by the grid's.
-        return tuple(2 ** round(math.log2(side)) for side in evenly)
+        height, width = (float(2 ** round(math.log2(side))) for side in evenly)
+        return height, width
     return to_2tuple(getattr(embedding, "patch_size", None) or evenly)
 
 
-def patch_extent(visual: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
+def patch_extent(visual: Any, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
     """The share of an image's height and width that the grid of patches covers, from the top left corner.
 
     Above 1 where the last patches reach beyond the image. Arguments as in `patch_size`.
     """
-    sides = zip(grid, patch_size(visual, size, grid), size, strict=True)
-    return tuple(patches * patch / pixels for patches, patch, pixels in sides)
+    height, width = patch_size(visual, size, grid)
+    return grid[0] * height / size[0], grid[1] * width / size[1]
 
 
-def check_vision_tower(visual: nn.Module) -> None:
+def check_vision_tower(visual: Any) -> None:
     """Raise TypeError, naming the tower, unless its patch embeddings are known."""
     unknown = _unknown_tower(visual)
     if unknown is not None:
@@ -100,7 +101,7 @@ def check_vision_tower(visual: nn.Module) -> None:
         )
 
 
-def _unknown_tower(visual: nn.Module) -> str | None:
+def _unknown_tower(visual: Any) -> str | None:
     if isinstance(visual, ModifiedResNet):
         return None
     if isinstance(visual, VisionTransformer):

@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
 def table(measures: "Sequence[Measure]", dependence: "ImageDependence | None") -> str:
     """The figures in Markdown: one row per measure, then the probe of image dependence."""
     rows = [["measure", "model", "chance", "ceiling", "count"]]
-    rows += [[TITLES[each.name], *(f"{figure:.3f}" for figure in each[1:4]), str(each.count)] for each in measures]
+    for each in measures:
+        rows.append([TITLES[each.name], *(f"{figure:.3f}" for figure in each[1:4]), str(each.count)])
     text = markdown_table(rows)
     if dependence is not None:
         rows = [["fine-grained loss on", "loss", "token finds its group", "group finds its token"]]

@@ -4,27 +4,24 @@ Pooled features see what the model's own preprocessing shows, which may cut the 
 image, squashed to the model's size: else boxes and masks would not lie where the grid of patches is.
 """
 
-import multiprocessing.queues
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sparc_loss.embeddings.vision import patch_extent
 from sparc_loss.embeddings.words import word_positions
 from sparc_loss.evaluation.classification import top_k_accuracy
-from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, read_image, read_mask
+from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, read_mask
 from sparc_loss.evaluation.faithfulness import k_precision
 from sparc_loss.evaluation.hard_negatives import HARD_NEGATIVE_CHANCE, hard_negative_accuracy
+from sparc_loss.evaluation.image_batches import image_batches, unreadable
 from sparc_loss.evaluation.image_dependence import ImageDependence, image_dependence, mean_image_dependence
 from sparc_loss.evaluation.pointing import box_masks, pointing_game
 from sparc_loss.evaluation.retrieval import nearest_captions, recall_at_k, recall_chance
@@ -54,7 +51,7 @@ class Measure(NamedTuple):
     value: float
     chance: float
     ceiling: float
-    count: int
+    count: int  # type: ignore[assignment]  # it hides tuple.count
 
 
 @dataclass(frozen=True)
@@ -115,16 +112,17 @@ def evaluate(
     dense = _Dense(encoder, data, options)
     image_features = text_features.new_empty(len(data.images), text_features.shape[1])
     try:
-        for batch in _image_batches(model, data, options):
+        for batch in image_batches(model, data.images, options.batch_size, options.workers):
             image_features[batch.indices] = encoder.pooled(batch.images)
             patches, grid = encoder.patches(batch.whole)
-            extent = patch_extent(model.visual, tuple(batch.whole.shape[-2:]), grid)
+            height, width = batch.whole.shape[-2:]
+            extent = patch_extent(model.visual, (height, width), grid)
             dense.add(batch.indices, patches, grid, extent, batch.sizes)
     except RuntimeError as error:
         # PyTorch raises it wherever this process is when a worker dies.
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise _unreadable(error) from error
+        raise unreadable(error) from error
     measures = [
         *_retrieval(image_features, text_features, data),
         *_faithfulness(image_features, text_features, data, options),
@@ -139,7 +137,7 @@ def evaluate(
 class _Encoder:
     """The model's embeddings, on the CPU in float32."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, options: Options) -> None:
+    def __init__(self, model: Any, tokenizer: Any, options: Options) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
 
     def texts(self, texts: Sequence[str], name: str) -> Tensor:
@@ -149,7 +147,8 @@ class _Encoder:
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token embeddings [M, L, D] and mask [M, L]."""
         encoded = [self._run(self.model.encode_tokens, ids) for ids in self._ids(texts)]
-        return tuple(torch.cat(parts) for parts in zip(*encoded, strict=True))
+        features, masks = zip(*encoded, strict=True)
+        return torch.cat(features), torch.cat(masks)
 
     def token_sums(self, texts: Sequence[str], name: str) -> Tensor:
         """The sum of the token embeddings that count, [M, D]; those of all texts are never in memory together."""
@@ -239,31 +238,29 @@ class _Dense:
         for image, image_patches, size in zip(batch, patches, sizes, strict=True):
             for caption in self.captions_of[image]:
                 self._point(caption, features[rows[caption]], image_patches, grid, extent, size)
-            if self.data.masks[image] is not None:
-                target = read_mask(self.data.masks[image], size, len(self.data.classes))
+            mask_path = self.data.masks[image]
+            if mask_path is not None:
+                target = read_mask(mask_path, size, len(self.data.classes))
                 self._segment(target, image_patches, grid, extent)
 
     def pointing(self) -> list[Measure]:
-        return [
-            Measure(
-                f"{name}_pointing",
-                *(torch.tensor(values).float().mean().item() for values in zip(*games, strict=True)),
-                count=len(games),
-            )
-            for name, games in self.games.items()
-            if games
-        ]
+        measures = []
+        for name, games in self.games.items():
+            if games:
+                value, chance, ceiling = torch.tensor(games).mean(dim=0).tolist()
+                measures.append(Measure(f"{name}_pointing", value, chance, ceiling, len(games)))
+        return measures
 
     def segmentation(self) -> list[Measure]:
         measures = []
         for name in dict.fromkeys(name for name, _ in self.totals):
             background = name == "mean_iou_with_background"
-            scores = [
+            value, chance, ceiling = (
                 mean_iou(*self.totals[name, kind], background=background) for kind in ("value", "chance", "ceiling")
-            ]
+            )
             unions = self.totals[name, "value"][1]
             count = int(((unions if background else unions[:-1]) > 0).sum())
-            measures.append(Measure(name, *scores, count=count))
+            measures.append(Measure(name, value, chance, ceiling, count))
         return measures
 
     def _point(
@@ -307,17 +304,16 @@ class _Dense:
     def _play(
         self, name: str, similarity: Tensor, grid: tuple[int, int], extent: tuple[float, float], mask: Tensor
     ) -> None:
-        game = pointing_game(similarity[None], grid, mask, extent)
-        self.games[name].append(tuple(value.item() for value in game))
+        hits, chance, reachable = pointing_game(similarity[None], grid, mask, extent)
+        self.games[name].append((float(hits), float(chance), float(reachable)))
 
     def _segment(self, target: Tensor, patches: Tensor, grid: tuple[int, int], extent: tuple[float, float]) -> None:
         count = len(self.data.classes)
         present = [label for label in target.unique().tolist() if label not in (BACKGROUND, IGNORED)]
-        if not present:
+        if not present or self.class_features is None:
             return
-        labels, scores = segment(
-            patches, self.class_features, grid, tuple(target.shape), present=present, extent=extent
-        )
+        height, width = target.shape
+        labels, scores = segment(patches, self.class_features, grid, (height, width), present=present, extent=extent)
         variants = {"mean_iou_of_objects": (labels, False), "mean_iou": (labels, False)}
         if self.options.background_threshold is not None:
             with_background = labels.masked_fill(scores < self.options.background_threshold, BACKGROUND)
@@ -340,7 +336,7 @@ class _Dense:
 def _retrieval(image_features: Tensor, text_features: Tensor, data: EvaluationData) -> list[Measure]:
     images, captions = len(image_features), len(text_features)
     right = [len(own) for own in data.captions_of()]
-    measures = {"image_to_text": [], "text_to_image": []}
+    measures: dict[str, list[Measure]] = {"image_to_text": [], "text_to_image": []}
     for k in (1, 5, 10):
         if k > images:
             break
@@ -385,7 +381,7 @@ def _hard_negatives(
 
 def _classification(image_features: Tensor, class_features: Tensor | None, data: EvaluationData) -> list[Measure]:
     labelled = [image for image, label in enumerate(data.labels) if label is not None]
-    if not labelled:
+    if not labelled or class_features is None:
         return []
     target = torch.tensor([data.labels[image] for image in labelled])
     count = len(class_features)
@@ -400,108 +396,3 @@ def _classification(image_features: Tensor, class_features: Tensor | None, data:
         for k in (1, 5)
         if k <= count
     ]
-
-
-class _Batch(NamedTuple):
-    """Images as a worker sends them: in two tensors, for each that is sent takes a file descriptor.
-
-    Attributes:
-        indices: of the B images.
-        images: [B, 3, H, W], as the model's own preprocessing shows them.
-        whole: [B, 3, H, W], squashed; the same tensor where the model's own preprocessing squashes.
-        sizes: height and width of the files' images.
-    """
-
-    indices: list[int]
-    images: Tensor
-    whole: Tensor
-    sizes: tuple[tuple[int, int], ...]
-
-
-class _Images(Dataset):
-    """Batches of images by their indices. What goes wrong is returned: raised, it would bring a worker's traceback."""
-
-    def __init__(self, model: nn.Module, data: EvaluationData) -> None:
-        config = model.visual.preprocess_cfg
-        self.paths = data.images
-        self.squash = image_transform_v2(PreprocessCfg(**{**config, "resize_mode": "squash"}), is_train=False)
-        self.preprocess = None  # the same
-        if config.get("resize_mode") != "squash":
-            self.preprocess = image_transform_v2(PreprocessCfg(**config), is_train=False)
-
-    def __getitem__(self, indices: list[int]) -> _Batch | DataError:
-        try:
-            images, whole, sizes = zip(*[self._read(self.paths[index]) for index in indices], strict=True)
-            squashed = torch.stack(whole)
-            return _Batch(indices, squashed if self.preprocess is None else torch.stack(images), squashed, sizes)
-        except DataError as error:
-            return error
-        except Exception as error:
-            return _unreadable(error)
-
-    def _read(self, path: Path) -> tuple[Tensor | None, Tensor, tuple[int, int]]:
-        try:
-            image = read_image(path)
-            own = None if self.preprocess is None else self.preprocess(image)
-            return own, self.squash(image), (image.height, image.width)
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _image_batches(model: nn.Module, data: EvaluationData, options: Options) -> Iterable[_Batch]:
-    # In a random order, always the same: neighbours in a file may resemble each other, and the probe swaps images.
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0)).tolist()
-    starts = range(0, len(order), options.batch_size)
-    loader = DataLoader(
-        _Images(model, data),
-        batch_size=None,
-        sampler=[order[start : start + options.batch_size] for start in starts],
-        num_workers=options.workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_send_errors,
-    )
-    batches = None
-    try:
-        batches = iter(loader)
-        for batch in tqdm(batches, desc="images", unit="batch", total=len(loader)):
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-    except Exception as error:
-        death = _end_workers(batches) if batches is not None and options.workers else None
-        if isinstance(error, DataError):
-            raise
-        raise _unreadable(death or error) from error
-
-
-def _end_workers(batches: Any) -> RuntimeError | None:
-    """PyTorch tells of a worker's death by a signal, which may come after what the death broke: returned if so."""
-    try:
-        batches._shutdown_workers()
-    except RuntimeError as death:
-        return death
-    return None
-
-
-def _as_it_is(batch: _Batch | DataError) -> _Batch | DataError:
-    return batch
-
-
-def _send_errors(_: int) -> None:
-    """In a worker: where a batch cannot be sent, send the error. Python would drop it, and let the command wait."""
-
-    def send(queue: multiprocessing.queues.Queue, error: Exception, item: tuple[int, Any]) -> None:
-        queue.put((item[0], _unreadable(error)))
-
-    multiprocessing.queues.Queue._on_queue_feeder_error = send
-
-
-def _unreadable(error: Exception) -> DataError:
-    if isinstance(error.__cause__, RuntimeError):
-        error = error.__cause__  # PyTorch's "killed by signal", before its "exited unexpectedly"
-    return DataError(
-        f"the images cannot be read: {type(error).__name__}: {str(error).strip()}; a smaller --batch-size and fewer "
-        "--workers take less memory, less shared memory (/dev/shm) and fewer open files"
-    )

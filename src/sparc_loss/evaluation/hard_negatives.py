@@ -81,7 +81,7 @@ def swap_words(caption: str, first: int, second: int) -> str:
 
 def _exchange(words: list[str], first: int, second: int) -> None:
     """Exchange two words in place, but neither the punctuation around them nor the capital of a place."""
-    parts = [re.fullmatch(r"(\W*)(.*?)(\W*)", words[position]).groups() for position in (first, second)]
+    parts = [re.findall(r"^(\W*)(.*?)(\W*)$", words[position])[0] for position in (first, second)]
     for position, (before, word, after), (_, other, _) in zip((first, second), parts, reversed(parts), strict=True):
         initial = other[:1].upper() if word[:1].isupper() else other[:1].lower()
         words[position] = before + initial + other[1:] + after

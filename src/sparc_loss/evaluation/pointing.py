@@ -5,7 +5,7 @@ maximum that lies on an annotated instance of the object. The annotation is what
 boxes (`box_masks`); figures on the one are not comparable with figures on the other.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def pointing_game(
     height, width = grid
     if height * width != patches:
         raise ValueError(f"grid is {height} x {width} = {height * width}; expected similarity's P = {patches} patches")
-    size = masks.shape[-2:] if isinstance(masks, Tensor) and masks.ndim == 3 else ("H", "W")
+    size: Any = masks.shape[-2:] if isinstance(masks, Tensor) and masks.ndim == 3 else ("H", "W")
     check_mask("masks", masks, (count, *size), "n h w", similarity.device)
     if not similarity.isfinite().all():
         raise ValueError("similarity has values that are not finite; expected finite ones")

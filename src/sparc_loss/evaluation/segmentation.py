@@ -85,7 +85,7 @@ def segment(
     classes = F.normalize(class_features[rows].float(), dim=-1)
     cosine = F.normalize(patch_features.float(), dim=-1) @ classes.T
     cosine = rearrange(cosine, "(h w) c -> 1 c h w", h=height)
-    scores, best = _upsample(cosine, tuple(size), extent)[0].max(dim=0)
+    scores, best = _upsample(cosine, size, extent)[0].max(dim=0)
     labels = rows[best]
     if background_threshold is not None:
         labels = labels.masked_fill(scores < background_threshold, BACKGROUND)

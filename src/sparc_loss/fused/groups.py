@@ -6,7 +6,7 @@ every caption (they need not be at the end), captions are sorted by their number
 groups. The losses process one group at a time in a workspace of `chunk_bytes`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,11 +94,11 @@ class Groups:
     """
 
     def __init__(
-        self, valid_tokens: Tensor, shape: torch.Size, itemsize: int, settings: Settings, images: int = 1
+        self, valid_tokens: Tensor, shape: Sequence[int], itemsize: int, settings: Settings, images: int = 1
     ) -> None:
         self.numbers, self.captions = valid_tokens.sum(dim=1).sort()
         self.positions = valid_tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        self.slices = list(caption_slices(self.numbers.tolist(), *shape[1:], itemsize, settings, images))
+        self.slices = list(caption_slices(self.numbers.tolist(), shape[1], shape[2], itemsize, settings, images))
 
     @property
     def empty(self) -> Tensor:

@@ -108,6 +108,7 @@ def _loss_and_gradients(
     grad_tokens = torch.zeros_like(token_features, memory_format=contiguous) if wanted[1] else None
     groups = Groups(valid_tokens, patch_features.shape, dtype.itemsize, settings, images)
     batch = len(valid_tokens)
+    share: Tensor | float
     if settings.alignment.reduction == "token":
         share = 1 / (groups.numbers > 0).sum().clamp(min=1).to(dtype)
     else:
@@ -170,13 +171,13 @@ class _Tokens(NamedTuple):
 
 
 class _Score(NamedTuple):
-    """Scores [G] of captions on one image each and, if a gradient is wanted, a, g, h and the scores' gradient by t."""
+    """Scores [G] of captions on one image each, with a, g, h and their gradient by t; see the top for the letters."""
 
     score: Tensor
-    a: Tensor | None = None
-    g: Tensor | None = None
-    h: Tensor | None = None
-    grad_t: Tensor | None = None
+    a: Tensor
+    g: Tensor
+    h: Tensor
+    grad_t: Tensor
 
 
 def _score(v: Tensor, tokens: _Tokens, usable: Tensor | None, settings: AlignmentSettings, want: bool) -> _Score:
@@ -186,7 +187,7 @@ def _score(v: Tensor, tokens: _Tokens, usable: Tensor | None, settings: Alignmen
     cosine = (c_unit * tokens.unit).sum(dim=-1)
     score = (cosine * tokens.share).sum(dim=-1)
     if not want:
-        return _Score(score)
+        return _Score(score, a, a, a, a)
     cosine, share = rearrange(cosine, "b l -> b l 1"), rearrange(tokens.share, "b l -> b l 1")
     h = (tokens.unit - cosine * c_unit).mul_(share / c_norm)
     grad_t = (c_unit - cosine * tokens.unit).mul_(share / tokens.norm)

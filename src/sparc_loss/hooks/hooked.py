@@ -60,7 +60,7 @@ def hooked(
         parsed.append(parse_args(argv))
         return parsed[0]
 
-    names: dict[str, Callable[..., Any]] = {"parse_args": parse_and_keep}
+    names: dict[str, Any] = {"parse_args": parse_and_keep}
     has_our_patch = hasattr(open_clip_main, "load_loss_plugin")
     if plugin is not None and not has_our_patch:
         names["create_model_and_transforms"] = _preparing_first_model(
@@ -97,7 +97,7 @@ def _preparing_first_model(create: Callable[..., tuple], prepare: Callable[[Any]
     return create_model_and_transforms
 
 
-def _with_epoch_calls(plugin: LossPlugin, of_epoch: Callable[[dict[str, Any]], Epoch]) -> Callable[..., None]:
+def _with_epoch_calls(plugin: Any, of_epoch: Callable[[dict[str, Any]], Epoch]) -> Callable[..., None]:
     """train_one_epoch between the plug-in's calls, as far as it has them. A call that fails becomes a warning."""
     train_one_epoch = open_clip_main.train_one_epoch
     signature = inspect.signature(train_one_epoch)

@@ -54,6 +54,7 @@ class Objective(nn.Module):
     """Names of the model's outputs that the objective uses beyond `forward`'s named arguments."""
     settings: tuple[str, ...] = ("global_weight", "fine_grained_weight", "fine_grained_scale")
     """Names of the attributes that `print(loss)` shows."""
+    __signature__: inspect.Signature
 
     def __init_subclass__(cls) -> None:
         """Show the shared arguments in `help()` and in a notebook's completion, too."""

@@ -124,7 +124,7 @@ class SparcLoss(Objective):
         """L_f of this rank's captions, scaled so that the mean over ranks is L_f of the whole batch."""
         fuse = self._fuses(("cpu",), outputs)
         function = fused.fine_grained_loss if fuse else functional.fine_grained_loss
-        loss = function(*_features(outputs), **self._settings(), **_masks(outputs))
+        loss = function(**_local(outputs), logit_scale=outputs.logit_scale, **self._settings())
         if self.reduction == "token" and self.world_size > 1:
             loss = mean_over_ranks(loss, _valid_tokens(outputs).sum(), self.world_size)
         return loss
@@ -135,7 +135,8 @@ class SparcLoss(Objective):
             return {}
         fuse = self._fuses(("cpu", "cuda"), outputs)
         function = fused.image_contrastive_loss if fuse else functional.image_contrastive_loss
-        loss = function(*_features(outputs), self.image_negatives, **self._settings(), **_masks(outputs))
+        settings = {**self._settings(), "image_negatives": self.image_negatives}
+        loss = function(**_local(outputs), logit_scale=outputs.logit_scale, **settings)
         if self.reduction == "token" and self.world_size > 1:
             loss = mean_over_ranks(loss, _valid_tokens(outputs).any(dim=1).sum(), self.world_size)
         return {"image_contrastive_loss": self.image_contrastive_weight * loss}
@@ -144,8 +145,7 @@ class SparcLoss(Objective):
         """The numbers of `alignment_diagnostics`, if the constructor was asked for them."""
         if not self.diagnostics:
             return {}
-        *local, _ = _features(outputs)
-        return alignment_diagnostics(*local, threshold=self.threshold, alignment=self.alignment, **_masks(outputs))
+        return alignment_diagnostics(**_local(outputs), threshold=self.threshold, alignment=self.alignment)
 
     def _settings(self) -> dict[str, Any]:
         return {"threshold": self.threshold, "alignment": self.alignment, "reduction": self.reduction}
@@ -157,27 +157,23 @@ class SparcLoss(Objective):
         if torch.compiler.is_compiling():
             _log_choice("eager", "inside torch.compile")
             return False
-        patches, tokens, _, scale = _features(outputs)
-        features = [patches, tokens, *([scale] if isinstance(scale, Tensor) else [])]
-        device = patches.device.type
-        choice = "fused" if device in devices and not fused.is_transformed(*features) else "eager"
+        features = (outputs.patch_features, outputs.token_features, outputs.logit_scale)
+        tensors = [each for each in features if isinstance(each, Tensor)]
+        device = outputs.patch_features.device.type
+        choice = "fused" if device in devices and not fused.is_transformed(*tensors) else "eager"
         if choice not in self._logged:
             self._logged.add(choice)
             _log_choice(choice, f"on {device}")
         return choice == "fused"
 
 
-def _features(outputs: ModelOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-    return outputs.patch_features, outputs.token_features, outputs.token_mask, outputs.logit_scale
-
-
-def _masks(outputs: ModelOutputs) -> dict[str, Tensor | None]:
-    return {"patch_mask": outputs.patch_mask, "region_mask": outputs.region_mask}
+def _local(outputs: ModelOutputs) -> dict[str, Any]:
+    names = ("patch_features", "token_features", "token_mask", "patch_mask", "region_mask")
+    return {name: getattr(outputs, name) for name in names}
 
 
 def _valid_tokens(outputs: ModelOutputs) -> Tensor:
-    patches, tokens, token_mask, _ = _features(outputs)
-    return valid_tokens(tokens, patches, token_mask, **_masks(outputs))
+    return valid_tokens(**_local(outputs))
 
 
 # Runs once while a graph is traced, so that logging does not break the graph.

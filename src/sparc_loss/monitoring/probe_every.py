@@ -10,11 +10,11 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip_train.precision import get_autocast
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparc_loss.evaluation import ImageDependence, image_dependence, mean_image_dependence
+from sparc_loss.model_loading import preprocessing_of
 from sparc_loss.monitoring.validation_pairs import (
     check_validation,
     random_state_kept,
@@ -44,7 +44,7 @@ def check_run(args: Namespace) -> None:
 
 
 def probe_validation_pairs(
-    model: nn.Module, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any
+    model: Any, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any
 ) -> ImageDependence | None:
     """Measure `image_dependence` on the first validation pairs, log it, and report it where training reports to.
 
@@ -70,7 +70,7 @@ def probe_validation_pairs(
     return measured
 
 
-def measure_validation_pairs(model: nn.Module, args: Namespace, number: int | None = None) -> ImageDependence:
+def measure_validation_pairs(model: Any, args: Namespace, number: int | None = None) -> ImageDependence:
     """`image_dependence` of the first `number` validation images (PROBED_PAIRS if None), in the training's precision.
 
     Modes, gradients and random states are left unchanged.
@@ -79,7 +79,7 @@ def measure_validation_pairs(model: nn.Module, args: Namespace, number: int | No
         ValueError: no caption has a word, or the embeddings are not finite.
     """
     model = unwrapped(model)
-    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    preprocess = preprocessing_of(model)
     modes = [(module, module.training) for module in model.modules()]
     try:
         with random_state_kept(), torch.inference_mode():
@@ -92,9 +92,7 @@ def measure_validation_pairs(model: nn.Module, args: Namespace, number: int | No
             module.training = training
 
 
-def _measured_by_batch(
-    model: nn.Module, pairs: Iterator[tuple[Tensor, str]], args: Namespace
-) -> Iterator[ImageDependence]:
+def _measured_by_batch(model: Any, pairs: Iterator[tuple[Tensor, str]], args: Namespace) -> Iterator[ImageDependence]:
     tokenizer = open_clip.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
     device = next(model.parameters()).device
     autocast = get_autocast(args.precision, device_type=device.type)
@@ -114,7 +112,7 @@ def _measured_by_batch(
         )
 
 
-def _scale(model: nn.Module, args: Namespace) -> Tensor | float:
+def _scale(model: Any, args: Namespace) -> Tensor | float:
     return model.logit_scale.exp() if args.sparc_fine_grained_scale is None else args.sparc_fine_grained_scale
 
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import open_clip
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torch import nn
 
+from sparc_loss.model_loading import preprocessing_of
 from sparc_loss.monitoring.validation_pairs import (
     check_validation,
     random_state_kept,
@@ -40,7 +39,7 @@ def check_run(args: Namespace) -> None:
         raise ImportError(f"--sparc-show-every: {error}; pip install 'sparc-loss[show]'") from error
 
 
-def show_validation_pairs(model: nn.Module, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:
+def show_validation_pairs(model: Any, data: dict[str, Any], epoch: int, args: Namespace, tb_writer: Any) -> None:
     """Draw the first validation pairs to RUN/words/epoch_N.png, and to TensorBoard and W&B where they are reported to.
 
     Args:
@@ -55,7 +54,7 @@ def show_validation_pairs(model: nn.Module, data: dict[str, Any], epoch: int, ar
         _report(figure, data, epoch, args, tb_writer)
 
 
-def draw_validation_pairs(model: nn.Module, args: Namespace, number: int = DRAWN_PAIRS) -> "Figure | None":
+def draw_validation_pairs(model: Any, args: Namespace, number: int = DRAWN_PAIRS) -> "Figure | None":
     """The figure of the first `number` validation images; None, with a warning for each, if none can be shown.
 
     Modes, gradients and random states are left unchanged.
@@ -63,7 +62,7 @@ def draw_validation_pairs(model: nn.Module, args: Namespace, number: int = DRAWN
     from sparc_loss.show import align, draw
 
     model = unwrapped(model)
-    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    preprocess = preprocessing_of(model)
     tokenizer = open_clip.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
     settings = {"threshold": args.sparc_threshold, "alignment": args.sparc_alignment}
     aligned = []

@@ -13,7 +13,6 @@ import torch
 from open_clip_train import main as open_clip_main
 from open_clip_train.data import get_dataset_fn, get_wds_dataset
 from PIL import Image
-from torch import nn
 
 from sparc_loss.embeddings.surface import Surfaced
 
@@ -42,7 +41,7 @@ def check_validation(flag: str, args: Namespace) -> None:
             next(validation_pairs(args, 1), None)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The surfaced model inside the wrappers of DistributedDataParallel and torch.compile."""
     while not isinstance(model, Surfaced):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module

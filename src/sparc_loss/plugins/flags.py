@@ -45,7 +45,7 @@ class Flag:
         """Add the flag to an argument group; its default is that of the loss's argument."""
         default = self.default
         if default is inspect.Parameter.empty:
-            default = inspect.signature(loss.__init__).parameters[self.setting].default
+            default = inspect.signature(loss).parameters[self.setting].default
         text = self.help if "(default" in self.help else f"{self.help} (default: %(default)s)"
         options: dict[str, Any] = {"default": default, "help": text}
         if self.choices is not None:
@@ -87,5 +87,5 @@ def add_old_flag(parser: ArgumentParser, old: str, new: str, nargs: int | None =
             print(f"{parser.prog}: warning: {message}", file=sys.stderr)
             setattr(namespace, self.dest, const if nargs == 0 else values)
 
-    kind = None if nargs == 0 else known.type
-    parser.add_argument(old, action=OldFlag, dest=known.dest, type=kind, nargs=nargs, default=SUPPRESS, help=SUPPRESS)
+    options: dict[str, Any] = {} if nargs == 0 else {"type": known.type}
+    parser.add_argument(old, action=OldFlag, dest=known.dest, nargs=nargs, default=SUPPRESS, help=SUPPRESS, **options)

@@ -19,7 +19,7 @@ from torch import nn
 from sparc_loss.losses import MgcaHeads
 
 
-def add_heads(model: nn.Module) -> nn.Module:
+def add_heads(model: Any) -> Any:
     """Add the submodule `mgca_heads` to a surfaced model, and its outputs in training mode; returns the model."""
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -32,7 +32,7 @@ def add_heads(model: nn.Module) -> nn.Module:
     return model
 
 
-def _with_heads_outputs(model: nn.Module, inputs: tuple, output: Any) -> Any:
+def _with_heads_outputs(model: Any, inputs: tuple, output: Any) -> Any:
     in_training = isinstance(output, dict) and "patch_features" in output
     return {**output, **model.mgca_heads(**output)} if in_training else output
 

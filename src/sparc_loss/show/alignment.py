@@ -48,7 +48,7 @@ class AlignedPair:
 def align(
     image: Image.Image | str | Path,
     caption: str,
-    model: nn.Module,
+    model: Any,
     preprocess: Callable[[Image.Image], Tensor],
     tokenizer: Any,
     *,
@@ -91,7 +91,7 @@ def align(
         words,
         _as_seen(pixels, preprocess),
         rearrange(weights, "l (h w) -> l h w", h=grid[0]),
-        patch_size(model.visual, tuple(images.shape[-2:]), grid),
+        patch_size(model.visual, (images.shape[-2], images.shape[-1]), grid),
         title,
     )
 
@@ -106,7 +106,7 @@ def read_image(image: Image.Image | str | Path) -> Image.Image:
 
 
 @contextmanager
-def _ready(model: nn.Module, tokenizer: Any) -> Iterator[None]:
+def _ready(model: Any, tokenizer: Any) -> Iterator[None]:
     """Surfaced and in evaluation mode; then as before, down to modules that have a mode of their own."""
     was_surfaced = isinstance(model, Surfaced)
     if not was_surfaced:

@@ -34,7 +34,8 @@ def alignment_page(pairs: Sequence[AlignedPair], title: str = _PLAIN_TITLE) -> s
     """
     if not pairs:
         raise ValueError("pairs is empty; expected at least one aligned pair")
-    style, script = (files("sparc_loss.show").joinpath("templates", name).read_text("utf-8") for name in _INLINED)
+    templates = files("sparc_loss.show") / "templates"
+    style, script = ((templates / name).read_text("utf-8") for name in _INLINED)
     return _environment.get_template("page.html.jinja").render(
         title=title,
         pairs=[_content(pair) for pair in pairs],
