@@ -30,6 +30,7 @@ from sparc_loss.evaluation import (
     recall_chance,
     segment,
 )
+from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.evaluation.markdown import markdown_table
 from sparc_loss.functional import token_patch_similarity
 
@@ -99,34 +100,22 @@ def read_images(scenes: Annotations, preprocess: Any) -> Tensor:
 @torch.no_grad()
 def embed(model: nn.Module, tokenizer: Any, images: Tensor, scenes: Annotations) -> Embeddings:
     """Embed a split with a surfaced model, which is set to eval mode."""
-    model.eval()
-    device = next(model.parameters()).device
-
-    def texts(captions: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenizer(list(captions)).to(device), normalize=True).cpu()
-
-    def tokens(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        features, mask = model.encode_tokens(tokenizer(list(captions)).to(device))
-        return features.cpu(), mask.cpu()
-
+    encoder = Encoder(model.eval(), tokenizer, _BATCH, next(model.parameters()).device)
     phrases = sorted({each.phrase for objects in scenes.objects for each in objects})
     swapped = swapped_captions(scenes)
-    token_features, token_mask = tokens(scenes.captions)
-    phrase_tokens, phrase_mask = tokens(phrases)
-    batches = images.to(device).split(_BATCH)
-    grid = model.encode_patches(batches[0][:1])[1]
+    batches = images.split(_BATCH)
+    patches, grids = zip(*map(encoder.patches, batches), strict=True)
     return Embeddings(
-        torch.cat([model.encode_image(batch, normalize=True).cpu() for batch in batches]),
-        texts(scenes.captions),
-        torch.cat([model.encode_patches(batch)[0].cpu() for batch in batches]),
-        token_features,
-        token_mask,
+        torch.cat([encoder.pooled(batch) for batch in batches]),
+        encoder.texts(scenes.captions),
+        torch.cat(patches),
+        *encoder.tokens(scenes.captions),
         [word_positions(tokenizer, caption) for caption in scenes.captions],
-        dict(zip(swapped, texts(swapped.values()), strict=True)),
-        texts(phrases),
-        (phrase_tokens * phrase_mask.unsqueeze(-1)).sum(dim=1),
+        dict(zip(swapped, encoder.texts(list(swapped.values())), strict=True)),
+        encoder.texts(phrases),
+        encoder.token_sums(phrases),
         phrases,
-        grid,
+        grids[0],
     )
 
 

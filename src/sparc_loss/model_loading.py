@@ -1,7 +1,7 @@
-"""The loader of models for `sparc-loss evaluate` and `sparc-loss show`: whatever open_clip trains, with or without us.
+"""The loader of models for `sparc-loss evaluate` and `sparc-loss show`: any model that open_clip trains.
 
-A checkpoint of a training lies in RUN/checkpoints/, and open_clip writes the arguments of the run to RUN/params.txt.
-What the command does not give is taken from there, so that a model is opened as it was trained.
+open_clip writes checkpoints to RUN/checkpoints/ and the arguments of the run to RUN/params.txt. Settings that the
+command does not give are read from there, so that a model is opened with the settings it was trained with.
 """
 
 import ast
@@ -31,11 +31,11 @@ MODEL_SETTINGS = (
     "image_interpolation",
     "image_resize_mode",
 )
-"""What of open_clip_train's arguments shapes the model, its tokenizer and its preprocessing in evaluation."""
+"""The arguments of open_clip_train that define the model, its tokenizer and its preprocessing for evaluation."""
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
-    """Add the flags that say which model to open; `complete_from_run` and `load_model` read them."""
+    """Add the flags that select the model; `complete_from_run` and `load_model` read them."""
     add = parser.add_argument
     add(
         "--model",
@@ -61,15 +61,15 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 
 def complete_from_run(prog: str, args: Namespace, further: tuple[str, ...] = ()) -> None:
-    """Set what the command leaves None to what the run of the checkpoint was trained with, and say what differs.
+    """Set arguments that are None to the values of the checkpoint's run, and print a warning if others differ.
 
     Args:
         prog: begins every line on stderr.
         args: of a parser with `add_model_flags`; changed in place.
-        further: arguments of the training beyond MODEL_SETTINGS, by the names that open_clip_train has them under.
+        further: names of further arguments of the training, beyond MODEL_SETTINGS.
 
     Raises:
-        ValueError: neither the command nor a run says which model it is.
+        ValueError: neither the command nor a run names the model.
     """
     path = _params_file(args.pretrained)
     trained = _read_params(prog, path) if path is not None else {}
@@ -94,8 +94,8 @@ def complete_from_run(prog: str, args: Namespace, further: tuple[str, ...] = ())
 def load_model(args: Namespace) -> "tuple[nn.Module, Callable[[Any], Tensor], Any]":
     """The model of `--model` and `--pretrained` with its preprocessing of evaluation and its tokenizer.
 
-    Unlike `open_clip.create_model`, which ignores `--pretrained` beside a local-dir: or hf-hub: model and starts from
-    random weights where it finds none, this takes the one and refuses the other.
+    `open_clip.create_model` ignores `--pretrained` with a local-dir: or hf-hub: model, and starts from random weights
+    if it finds none. This function uses `--pretrained` and raises an error if there are no weights.
 
     Args:
         args: of a parser with `add_model_flags`, completed; with `precision` and `device`.
@@ -131,7 +131,7 @@ def load_model(args: Namespace) -> "tuple[nn.Module, Callable[[Any], Tensor], An
             )
         else:
             state_dict = _read_state_dict(checkpoint)
-            logging.disable(logging.WARNING)  # that no weights were found, which come now
+            logging.disable(logging.WARNING)  # the warning that no weights were found; they are loaded next
             try:
                 options = {"load_weights": False, "pretrained_text": False, **_options(args, state_dict)}
                 model = open_clip.create_model(args.model, **options)
@@ -158,7 +158,7 @@ def preprocessing_of(model: Any, **changes: Any) -> "Callable[[Any], Tensor]":
 
 
 def why_not_loaded(path: str | Path | None, error: Exception) -> str:
-    """The reason in one line; for a file with Python objects, which torch refuses to load, with the cure."""
+    """The reason in one line; for a file with Python objects, which torch refuses to load, also the remedy."""
     if isinstance(error, pickle.UnpicklingError) and "eights only load failed" in str(error):
         converted = f"{path}.weights"
         return (
@@ -255,7 +255,7 @@ def _options(args: Namespace, state_dict: "dict[str, Tensor] | None") -> dict[st
         "precision": args.precision,
         "device": args.device,
         "force_quick_gelu": bool(args.force_quick_gelu),
-        # A text tower of its own shows in the names of the weights.
+        # The names of the weights show whether the text tower is a module of its own.
         "force_custom_text": bool(args.force_custom_text)
         or (state_dict is not None and any(name.startswith("text.") for name in state_dict)),
         # One number is a square, as open_clip_train takes it.
@@ -272,7 +272,7 @@ def _options(args: Namespace, state_dict: "dict[str, Tensor] | None") -> dict[st
 
 
 def _read_state_dict(path: str) -> "dict[str, Tensor] | None":
-    """The weights by name, without the prefixes of wrappers; None for formats that open_clip converts itself."""
+    """The weights by name, without the prefixes of wrappers; None for formats that open_clip converts."""
     from open_clip.factory import load_state_dict
 
     if Path(path).suffix in (".npz", ".npy"):
@@ -287,7 +287,7 @@ def _read_state_dict(path: str) -> "dict[str, Tensor] | None":
 
 
 def _load(model: "nn.Module", path: str, state_dict: "dict[str, Tensor] | None") -> None:
-    """`open_clip.load_checkpoint`, with the weights that are read already."""
+    """`open_clip.load_checkpoint` with weights that have already been read."""
     from unittest.mock import patch
 
     import open_clip
@@ -296,6 +296,6 @@ def _load(model: "nn.Module", path: str, state_dict: "dict[str, Tensor] | None")
     if state_dict is None:
         open_clip.load_checkpoint(model, path)
         return
-    # It takes a path only, and converts and resizes what it reads there.
+    # It takes only a path, and converts and resizes the weights that it reads.
     with patch.object(factory, "load_state_dict", lambda *given, **named: state_dict):
         factory.load_checkpoint(model, path)

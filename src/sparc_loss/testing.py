@@ -1,15 +1,15 @@
 """Property tests for fine-grained objectives of your own, by hypothesis (pip install hypothesis).
 
-An objective of patches and tokens has to hold a few things whatever its formula: padding changes nothing, order does
-not matter, what is masked has no gradient. Most mistakes in such losses break one of them. To hold yours to all:
+Every objective of patches and tokens should have a few properties, whatever its formula: padding changes nothing,
+order does not matter, masked values have no gradient. Most mistakes in such losses break one of them. To test yours:
 
     @pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda invariant: invariant.__name__)
     @given(batch=local_batches())
     def test_my_objective(invariant, batch):
         invariant(my_objective, batch)
 
-`my_objective(patch_features=, token_features=, token_mask=)` returns a scalar; if it knows `patch_mask` or
-`region_mask`, name them: `local_batches(patch_mask=True, region_mask=True)`. An invariant raises AssertionError.
+`my_objective(patch_features=, token_features=, token_mask=)` returns a scalar. If it takes `patch_mask` or
+`region_mask`, request them: `local_batches(patch_mask=True, region_mask=True)`. An invariant raises AssertionError.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ class LocalBatch:
     Attributes:
         patch_features: [B, P, D].
         token_features: [B, L, D].
-        token_mask: bool [B, L], True for the tokens that count.
+        token_mask: bool [B, L], True for valid tokens.
         patch_mask: bool [B, P] or None, False for padding patches.
         region_mask: bool [B, L, P] or None, True for the patches a token may use.
     """
@@ -69,9 +69,9 @@ def local_batches(
 ) -> LocalBatch:
     """Batches with B, P, L and D from 1 to `max_size`, masks with holes and captions without a token.
 
-    Half of them have whole numbers for features: then equal similarities, zero vectors and values right at a
-    threshold are common. Whole patches are not negative, so that no sum of patches is zero but for rounding: the
-    cosine with such a one is anything. With `patch_mask` or `region_mask` half of the batches have one.
+    Half of the batches have whole numbers as features, which make equal similarities, zero vectors and values exactly
+    at a threshold common. Whole patches are not negative, so that no sum of patches is zero up to rounding, whose
+    cosine would be arbitrary. With `patch_mask` or `region_mask`, half of the batches have one.
     """
     b, p, length, d = (draw(st.integers(1, max_size)) for _ in range(4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
@@ -98,7 +98,7 @@ def local_batches(
 
 
 def padding_captions_changes_nothing(objective: Objective, batch: LocalBatch) -> None:
-    """Tokens that do not count, whatever they hold, leave the loss."""
+    """Masked tokens, whatever their values, do not change the loss."""
     b, _, d = batch.token_features.shape
     noise = 5 * _noise(batch.token_features, b, 2, d)
     padded = batch.but(
@@ -112,7 +112,7 @@ def padding_captions_changes_nothing(objective: Objective, batch: LocalBatch) ->
 
 
 def padding_patches_changes_nothing(objective: Objective, batch: LocalBatch) -> None:
-    """Patches that `patch_mask` leaves out, whatever they hold, leave the loss. For objectives with a patch_mask."""
+    """Masked patches, whatever their values, do not change the loss. For objectives with a patch_mask."""
     b, _, d = batch.patch_features.shape
     noise = 50 * _noise(batch.patch_features, b, 2, d)
     padded = batch.but(
@@ -126,13 +126,13 @@ def padding_patches_changes_nothing(objective: Objective, batch: LocalBatch) -> 
 
 
 def the_order_of_pairs_does_not_matter(objective: Objective, batch: LocalBatch) -> None:
-    """Permuting the batch leaves the loss."""
+    """Permuting the batch does not change the loss."""
     order = _order(len(batch.token_mask))
     _same(objective, batch.but(**{name: value[order] for name, value in batch.arguments().items()}), batch)
 
 
 def the_order_of_patches_does_not_matter(objective: Objective, batch: LocalBatch) -> None:
-    """Permuting the patches of every image leaves the loss."""
+    """Permuting the patches of every image does not change the loss."""
     order = _order(batch.patch_features.shape[1])
     permuted = batch.but(
         patch_features=batch.patch_features[:, order],
@@ -143,7 +143,7 @@ def the_order_of_patches_does_not_matter(objective: Objective, batch: LocalBatch
 
 
 def the_order_of_tokens_does_not_matter(objective: Objective, batch: LocalBatch) -> None:
-    """Permuting the tokens of every caption leaves the loss: what a tower knows of order is in its embeddings."""
+    """Permuting the tokens of every caption does not change the loss: their order is in the embeddings."""
     order = _order(batch.token_mask.shape[1])
     permuted = batch.but(
         token_features=batch.token_features[:, order],
@@ -154,7 +154,7 @@ def the_order_of_tokens_does_not_matter(objective: Objective, batch: LocalBatch)
 
 
 def masks_of_all_true_change_nothing(objective: Objective, batch: LocalBatch) -> None:
-    """A mask that leaves nothing out is as good as none. For the masks that the batch has."""
+    """A mask that is True everywhere gives the same loss as no mask. For the masks that the batch has."""
     without = batch.but(patch_mask=None, region_mask=None)
     with_all = batch.but(
         patch_mask=None if batch.patch_mask is None else torch.ones_like(batch.patch_mask),
@@ -164,7 +164,7 @@ def masks_of_all_true_change_nothing(objective: Objective, batch: LocalBatch) ->
 
 
 def what_is_masked_has_no_gradient(objective: Objective, batch: LocalBatch) -> None:
-    """Tokens that do not count and patches left out have a gradient of exactly zero."""
+    """Masked tokens and patches have a gradient of exactly zero."""
     batch = batch.with_gradients()
     objective(**batch.arguments()).backward()
     assert (_gradient(batch.token_features)[~batch.token_mask] == 0).all(), "a masked token has a gradient"
@@ -175,7 +175,7 @@ def what_is_masked_has_no_gradient(objective: Objective, batch: LocalBatch) -> N
 
 
 def loss_and_gradients_are_finite(objective: Objective, batch: LocalBatch) -> None:
-    """Never NaN from finite input: equal patches, zero vectors and empty captions included."""
+    """Finite input gives a finite loss and gradient, also for equal patches, zero vectors and empty captions."""
     variants = {
         "as drawn": batch,
         "equal patches": batch.but(patch_features=torch.ones_like(batch.patch_features)),
@@ -195,9 +195,9 @@ def loss_and_gradients_are_finite(objective: Objective, batch: LocalBatch) -> No
 
 
 def nan_is_never_hidden(objective: Objective, batch: LocalBatch) -> None:
-    """NaN in a token that counts, or in the image of such a token, shows in the loss. With two tokens at least."""
+    """NaN in a valid token, or in the image of one, makes the loss NaN. For captions of two tokens or more."""
     if batch.patch_mask is not None or batch.region_mask is not None or batch.token_mask.shape[1] < 2:
-        return  # what is masked may hide it, and so may a lone token, whose contrast is zero
+        return  # NaN may be masked; the contrast of a single token is zero
     batch = batch.but(token_mask=torch.ones_like(batch.token_mask))
     for features in ("patch_features", "token_features"):
         broken = getattr(batch, features).clone()

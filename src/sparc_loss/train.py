@@ -86,7 +86,7 @@ def _load_plugin(parser: ArgumentParser, argv: list[str]) -> LossPlugin | None:
 
 
 def _check_run(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse what open_clip would notice late, or not at all, before anything is written."""
+    """Before anything is written, reject errors that open_clip would report late, or not at all."""
     from open_clip_train.distributed import world_info_from_env
 
     _, rank, world_size = world_info_from_env()
@@ -118,7 +118,7 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def _check_args_of_loss(parser: ArgumentParser, args: Namespace, plugin: LossPlugin | None) -> None:
-    """Let the plug-in refuse arguments before anything is written."""
+    """Let the plug-in reject arguments before anything is written."""
     check_args = getattr(plugin, "check_args", None)
     if check_args is None:
         return
@@ -131,9 +131,9 @@ def _check_args_of_loss(parser: ArgumentParser, args: Namespace, plugin: LossPlu
 
 @contextmanager
 def _logging_untouched() -> Iterator[None]:
-    """Leave the root logger as it is for open_clip_train, which sets it up once it has parsed its arguments.
+    """Restore the handlers of the root logger on exit; open_clip_train sets it up after it has parsed its arguments.
 
-    open_clip calls `logging.info`, which gives the root logger a handler: every line would be logged twice.
+    open_clip calls `logging.info`, which adds a handler to the root logger, and every line would be logged twice.
     """
     root = logging.getLogger()
     handlers = root.handlers[:]
@@ -144,7 +144,7 @@ def _logging_untouched() -> Iterator[None]:
 
 
 def _with_ranks(args: Namespace) -> Namespace:
-    """The arguments with what open_clip_train adds later, when it starts its process group."""
+    """The arguments with the ranks that open_clip_train adds later, when it starts its process group."""
     from open_clip_train.distributed import world_info_from_env
 
     local_rank, rank, world_size = world_info_from_env()
@@ -153,10 +153,10 @@ def _with_ranks(args: Namespace) -> Namespace:
 
 
 def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> int | None:
-    """Refuse a CSV that training cannot read, and warn of captions that it misreads.
+    """Reject a CSV that training cannot read, and warn of captions that it misreads.
 
     Returns:
-        The number of its pairs; None for an address that cannot be read here, which is left to open_clip.
+        The number of its pairs; None for an address that cannot be read here: open_clip tries it again.
     """
     from sparc_loss.evaluation.pairs_csv import DataError, missing_captions, read_table
 
@@ -184,8 +184,10 @@ def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) ->
 
 
 def _check_steps(parser: ArgumentParser, args: Namespace, pairs: int, world_size: int) -> None:
-    """Refuse an epoch without a step: open_clip would save a model that was not trained."""
-    of_a_process = -(-pairs // world_size)  # torch's DistributedSampler repeats pairs to give each process as many
+    """Reject an epoch without a step: open_clip would save a model that was not trained."""
+    of_a_process = -(
+        -pairs // world_size
+    )  # torch's DistributedSampler repeats pairs until each process has the same number
     if of_a_process // args.batch_size // args.accum_freq == 0:
         needed = " x ".join(
             f"{flag} {number}"
@@ -215,10 +217,10 @@ def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> Non
         return  # a sharded checkpoint, a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
     if not path.is_file():
         parser.error(f"argument --resume: there is no file {args.resume!r}; expected a checkpoint, or latest")
-    # What torch.save writes is a zip, whose end shows that it is whole.
+    # torch.save writes a zip, whose end is missing in a truncated file.
     is_zip = zipfile.is_zipfile(path)
     try:
-        # Of a zip this reads the structure alone: tensors of the meta device have no values.
+        # This reads only the structure of a zip: tensors of the meta device have no values.
         torch.load(path, map_location="meta", weights_only=True, mmap=is_zip or None)
     except Exception as error:
         if is_zip and isinstance(error, pickle.UnpicklingError):

@@ -13,7 +13,7 @@ from einops import reduce
 from PIL import Image
 
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, NamedObject
-from sparc_loss.evaluation.evaluate import Options, _Encoder, evaluate
+from sparc_loss.evaluation.evaluate import Options, evaluate
 from sparc_loss.evaluation.image_batches import image_batches
 from sparc_loss.functional import fine_grained_loss
 
@@ -490,7 +490,7 @@ def test_token_embeddings_of_phrases_are_summed_batch_by_batch(data):
     features, mask = ColourModel().encode_tokens(ColourTokenizer()(phrases))
     for batch_size in (1, 3, 64):
         model = Counting()
-        encoder = _Encoder(model, ColourTokenizer(), Options(batch_size=batch_size))
+        encoder = Encoder(model, ColourTokenizer(), batch_size)
         assert torch.equal(encoder.token_sums(phrases, "phrases"), (features * mask.unsqueeze(-1)).sum(dim=1))
         assert model.largest == min(batch_size, len(phrases))
 

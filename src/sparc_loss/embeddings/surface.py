@@ -1,8 +1,8 @@
 """`surface_embeddings`: any open_clip model also returns patch and token embeddings while it trains.
 
 The model stays the same object with the same parameters and state_dict. Only its class and those of its towers are
-swapped for subclasses that know how. So checkpoints load in plain open_clip and the other way round, and whatever
-looks at the model (clamping logit_scale, locking towers, gradient checkpointing, isinstance) finds what it expects.
+replaced by subclasses that return these embeddings. So checkpoints load in plain open_clip and vice versa, and code
+that uses the model (clamping logit_scale, locking towers, gradient checkpointing, isinstance) works unchanged.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from sparc_loss.embeddings.vision import Images, check_vision_tower, forward_wit
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# From open_clip 4 on its CoCaTask makes the labels, and cuts the logits to them.
+# In open_clip 4 the CoCaTask makes the labels and cuts the logits to them.
 COCA_OUTPUTS_LABELS = "output_labels" in inspect.signature(CoCa.forward).parameters
 
 
@@ -88,7 +88,7 @@ class Surfaced:
         return F.normalize(patches, dim=-1) if normalize else patches, grid
 
     def encode_tokens(self, texts: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
-        """Token embeddings [B, L, D] of token ids [B, L], and the mask, bool [B, L], of those that count.
+        """Token embeddings [B, L, D] of token ids [B, L], and the mask of valid tokens, bool [B, L].
 
         In any mode.
         """
@@ -163,7 +163,7 @@ def surface_embeddings(model: Model, tokenizer: Any, tokens: Tokens = "words") -
 
     Args:
         model: an open_clip CLIP, CustomTextCLIP or CoCa.
-        tokenizer: the model's own, from `open_clip.get_tokenizer`; tells words from padding.
+        tokenizer: the model's own, from `open_clip.get_tokenizer`; its conventions separate words from padding.
         tokens: the positions for which `token_mask` is True: "words" (no start, end or padding) or "all" (no padding).
 
     Returns:
@@ -216,7 +216,7 @@ def restore(model: Model) -> Model:
 
 
 def _swapped_by_us(tower: Any) -> bool:
-    """Whether the tower has the class that `surface_tower` gave it, or has none of ours."""
+    """Whether the tower has the class that `surface_tower` gave it, or its own."""
     return not isinstance(tower, SurfacedTower) or SurfacedTower in type(tower).__bases__
 
 

@@ -1,6 +1,6 @@
 """Token embeddings of open_clip's text towers, from the same pass as the pooled feature.
 
-A token embedding is the tower's last hidden state through its own final norm and projection, no new parameter. One
+A token embedding is the tower's last hidden state after its own final norm and projection, without new parameters. One
 function per kind of tower, each mirroring that tower's forward in open_clip/model.py, open_clip/transformer.py or
 open_clip/hf_model.py; the tests hold what the tower itself returns to it bit for bit.
 """
@@ -65,7 +65,7 @@ def _text_transformer(text: TextTransformer, texts: Tensor) -> tuple[Any, Tensor
     states, attention_mask = text._embeds(texts)
     states = text.transformer(states, attn_mask=attention_mask)
     if text.cls_emb is not None:
-        # CoCa's class token stands last and is pooled before the norm.
+        # CoCa's class token is the last one and is pooled before the norm.
         pooled, states = text.ln_final(states[:, -1]), states[:, :-1]
         tokens = text.ln_final(states)
     else:

@@ -1,4 +1,4 @@
-"""Which positions of a tokenized caption count as words, by the tokenizer's own conventions."""
+"""The valid tokens of a tokenized caption, by the conventions of its tokenizer. Needs torch only."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,18 +14,18 @@ TOKENS: tuple[Tokens, ...] = ("words", "all")
 
 @dataclass(frozen=True)
 class TokenConventions:
-    """What a tokenizer puts around the words of a caption.
+    """The special tokens that a tokenizer adds to the words of a caption.
 
-    A word is every token outside `special_ids`. Padding is every `pad_id`, but for those that the tokenizer writes
-    around the words as their start or end (SigLIP's end is its padding): of a row's pad ids, the ones nearest the
-    words. Where `end_id` is set, padding is what comes after the first end instead, because the pad id is a word's as
-    well (SimpleTokenizer's 0 is a "!" within a word).
+    Every token outside `special_ids` belongs to a word. Every `pad_id` is padding, except those that the tokenizer
+    writes as start or end of the words (SigLIP's end is its padding): these are the pad ids nearest to the words. If
+    `end_id` is set, everything after the first end is padding, because the pad id is also the id of a word
+    (SimpleTokenizer's 0 is a "!" within a word).
 
     Attributes:
-        special_ids: ids that are never a word's: start, end, separator, padding, language codes and the like.
-        end_id: ends the caption; None where `pad_id` tells padding.
-        pad_id: fills up the context; None where `end_id` tells padding.
-        pads_around_words: how many of a row's pad ids are start or end, not padding.
+        special_ids: ids that never belong to a word: start, end, separator, padding, language codes and so on.
+        end_id: ends the caption; None if `pad_id` marks padding.
+        pad_id: fills the context; None if `end_id` marks padding.
+        pads_around_words: the number of a row's pad ids that are start or end, not padding.
         padded_left: padding comes before the words.
     """
 
@@ -36,33 +36,33 @@ class TokenConventions:
     padded_left: bool = False
 
     def mask(self, texts: Tensor, tokens: Tokens) -> Tensor:
-        """The positions of `texts` [B, L] (token ids) that count, bool [B, L].
+        """The valid tokens of `texts` [B, L] (token ids), bool [B, L].
 
-        "all" is everything but padding, "words" also leaves out every other special token.
+        "all" is everything but padding; "words" also excludes all other special tokens.
         """
         if self.end_id is not None:
             # Ends seen before a position: 0 up to and with the first end. (A caption cut short keeps its end.)
             is_end = (texts == self.end_id).int()
-            counts = is_end.cumsum(dim=-1) - is_end == 0
+            valid = is_end.cumsum(dim=-1) - is_end == 0
         else:
             is_pad = torch.eq(texts, self.pad_id if self.pad_id is not None else -1)
             nth_pad = is_pad.flip(-1).cumsum(dim=-1).flip(-1) if self.padded_left else is_pad.cumsum(dim=-1)
-            counts = ~is_pad | (nth_pad <= self.pads_around_words)
+            valid = ~is_pad | (nth_pad <= self.pads_around_words)
         if tokens == "words":
             # Not blocking: a copy to the GPU must not wait for the towers' work there.
             special_ids = torch.tensor(self.special_ids).to(texts.device, non_blocking=True)
-            counts = counts & ~torch.isin(texts, special_ids)
-        return counts
+            valid = valid & ~torch.isin(texts, special_ids)
+        return valid
 
 
 def hf_tokenizer_of(tokenizer: Any) -> Any | None:
-    """The Hugging Face tokenizer in open_clip's HFTokenizer or SigLipTokenizer; None for one that has none in it.
+    """The Hugging Face tokenizer inside open_clip's HFTokenizer or SigLipTokenizer; None for other tokenizers.
 
     Raises:
         TypeError: neither a Hugging Face `tokenizer` nor `sot_token_id` and `eot_token_id`.
     """
     hf_tokenizer = getattr(tokenizer, "tokenizer", None)
-    # First, because from open_clip 4 on HFTokenizer has the other two as well.
+    # First, because in open_clip 4 HFTokenizer has the other two as well.
     if hasattr(hf_tokenizer, "pad_token_id"):
         return hf_tokenizer
     if hf_tokenizer is None and hasattr(tokenizer, "sot_token_id") and hasattr(tokenizer, "eot_token_id"):
@@ -76,8 +76,8 @@ def hf_tokenizer_of(tokenizer: Any) -> Any | None:
 def token_conventions(tokenizer: Any) -> TokenConventions:
     """Read the conventions off an open_clip tokenizer: Simple-, HF-, SigLip- or TikTokenTokenizer.
 
-    Special are the tokenizer's own `all_special_ids`, less the unknown word's, and what it writes around an empty
-    caption.
+    Special ids are the tokenizer's own `all_special_ids` without that of the unknown word, and those that it writes
+    for an empty caption.
 
     Raises:
         TypeError: neither `sot_token_id` and `eot_token_id` nor a Hugging Face `tokenizer` in it; or one without a
@@ -94,9 +94,9 @@ def token_conventions(tokenizer: Any) -> TokenConventions:
     pad_id = hf_tokenizer.pad_token_id
     if pad_id is None:
         raise TypeError(f"tokenizer {type(hf_tokenizer).__name__} has no pad_token_id; expected one that pads")
-    # Not by calling the tokenizer, which would put NLLB's language back to its first.
+    # Calling the tokenizer would reset NLLB's language to its first one.
     around_words = hf_tokenizer.encode("")
-    # In this order: an unknown word is a word, but not where the same id is also written as start or end.
+    # In this order: an unknown word is a word, unless its id is also that of start or end.
     specials = {*hf_tokenizer.all_special_ids} - {hf_tokenizer.unk_token_id} | {*around_words}
     return TokenConventions(
         special_ids=tuple(sorted(specials)),

@@ -1,7 +1,7 @@
 """Patch embeddings of open_clip's vision towers, from the same pass as the pooled feature.
 
-A patch embedding is what the tower's pooled feature would be if the image were that one patch: the tower's own final
-norm, pooling and projection, no new parameter. One function per kind of tower, each mirroring that tower's forward in
+A patch embedding is the pooled feature that the tower would compute from this patch alone: the tower's own final norm,
+pooling and projection, without new parameters. One function per kind of tower, each mirroring that tower's forward in
 open_clip/transformer.py, open_clip/modified_resnet.py or open_clip/timm_model.py; the tests hold what the tower
 itself returns to it bit for bit.
 """
@@ -41,9 +41,9 @@ def forward_with_patches(visual: Any, images: Any) -> Passed:
     Returns:
         What `visual(images)` returns: the pooled feature [B, D], or it and CoCa's image tokens.
         The patch embeddings [B, P, D], row by row over the grid; class and register tokens are left out.
-        The grid's (height, width); None for NaFlex patches, which stand where patch_coord says. With patch dropout,
-        in training mode, P is what is left of height * width, in the order of the draw.
-        The patches that are no padding, bool [B, P], for NaFlex patches; None where all count.
+        The grid's (height, width); None for NaFlex patches, whose places patch_coord gives. With patch dropout in
+        training mode, P is the number of patches kept of height * width, in the order in which they were drawn.
+        False for padding, bool [B, P], for NaFlex patches; None if all patches are valid.
     """
     if isinstance(visual, TimmModel) and isinstance(visual.trunk, NaFlexVit):
         return _timm_naflex(visual, images)
@@ -59,11 +59,11 @@ def forward_with_patches(visual: Any, images: Any) -> Passed:
 def patch_size(visual: Any, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
     """Height and width of a patch in pixels of the tower's input; the grid of patches starts at the top left corner.
 
-    Where the image is no multiple of the patch, a tower leaves the pixels at the right and at the bottom out (a ViT),
-    or its last patches reach beyond them (a FastViT, which pads).
+    If the image is not a multiple of the patch, a tower ignores the last pixels at the right and at the bottom (ViT),
+    or its last patches extend beyond them (FastViT, which pads).
 
     Args:
-        visual: the tower. One that is none of open_clip's and has no `patch_size` divides its input evenly.
+        visual: the tower. An unknown one without a `patch_size` is assumed to divide its input evenly.
         size: height and width of the input in pixels.
         grid: height and width of the grid, as `encode_patches` returns it.
     """
@@ -84,7 +84,7 @@ def patch_size(visual: Any, size: tuple[int, int], grid: tuple[int, int]) -> tup
 def patch_extent(visual: Any, size: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
     """The share of an image's height and width that the grid of patches covers, from the top left corner.
 
-    Above 1 where the last patches reach beyond the image. Arguments as in `patch_size`.
+    Above 1 if the last patches extend beyond the image. Arguments as in `patch_size`.
     """
     height, width = patch_size(visual, size, grid)
     return grid[0] * height / size[0], grid[1] * width / size[1]
@@ -150,7 +150,7 @@ def _modified_resnet(visual: ModifiedResNet, images: Tensor) -> tuple[Tensor, Te
     features = visual.stem(images)
     for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         features = layer(features)
-    # Attention over a single place is its value. The positional embedding, which tells places apart, is left out.
+    # Attention over a single place is its value. The positional embedding is left out: every patch is alone.
     patches = visual.attnpool.v_proj(rearrange(features, "b c h w -> b (h w) c"))
     return visual.attnpool(features), visual.attnpool.c_proj(patches), tuple(features.shape[-2:])
 

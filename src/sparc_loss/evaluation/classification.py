@@ -12,7 +12,7 @@ from sparc_loss.evaluation.retrieval import check_k
 def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tensor, k: int = 1) -> float:
     """Share of the images whose class is among the k nearest by cosine similarity.
 
-    A tie never counts in favour. Chance is `recall_chance(C, k)`, k / C.
+    A tie is a miss. Chance is `recall_chance(C, k)`, k / C.
 
     Args:
         image_features: floating point [N, D], normalised or not.
@@ -22,7 +22,7 @@ def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tenso
         k: 1 to C.
 
     Raises:
-        TypeError: features that are not floating-point tensors, k that is no int, a target not of int64.
+        TypeError: features that are not floating-point tensors, k that is not an int, a target not of int64.
         ValueError: shapes or devices that disagree, values that are not finite, no image, k outside 1 to C, a class
             out of range.
     """
@@ -44,6 +44,6 @@ def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tenso
 
     cosine = F.normalize(image_features.float(), dim=-1) @ F.normalize(class_features.float(), dim=-1).T
     right = cosine.gather(1, target.unsqueeze(1))
-    # The right class is always one of those it counts.
+    # The right class itself is one of them.
     rank = (cosine >= right - TIE).sum(dim=1)
     return (rank <= k).float().mean().item()

@@ -1,4 +1,4 @@
-"""The CSV that `sparc-loss evaluate` reads: that of open_clip's training, with further columns about the images.
+"""The CSV that `sparc-loss evaluate` reads: the one of open_clip's training, with further columns for the images.
 
     filepath       an image; rows of one filepath are captions of one image
     title          a caption
@@ -28,7 +28,7 @@ from sparc_loss.evaluation.segmentation import BACKGROUND
 if TYPE_CHECKING:
     from PIL import Image
 
-# In the tensors that `read_mask` returns; no class of a mask of 8 bits.
+# Value in the tensors that `read_mask` returns; a mask of 8 bits has no such class.
 IGNORED = 255
 
 COLUMNS = ("boxes", "mask", "label", "hard_negative")
@@ -83,17 +83,17 @@ def read_data(
     image_key: str = "filepath",
     caption_key: str = "title",
 ) -> EvaluationData:
-    """Read the CSV; nothing of the images but that they are there. Warns of captions that are read as "nan".
+    """Read the CSV and check that the images exist, without opening them. Warns of captions that are read as "nan".
 
     Args:
         path: of the CSV; a file, or an address that pandas can open.
         classes: names of the classes, which the columns mask and label need.
-        separator: None is a tab if the first line has one, else a comma.
+        separator: None is a tab if the first line contains one, otherwise a comma.
         image_key: column of the images.
         caption_key: column of the captions.
 
     Raises:
-        DataError: what cannot be read, with file and line.
+        DataError: a file or row that cannot be read, with file and line.
     """
     data = EvaluationData(list(classes or []))
     separator = separator_of(path) if separator is None else separator
@@ -119,10 +119,10 @@ def read_data(
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file without the white space around them, such as names of classes.
+    """The lines of a text file, stripped, such as the names of classes.
 
     Raises:
-        DataError: it cannot be read, is empty, or has an empty line or one twice.
+        DataError: it cannot be read, is empty, or has an empty or a repeated line.
     """
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
@@ -145,7 +145,7 @@ def read_image(path: Path) -> "Image.Image":
     Raises:
         DataError: it cannot be read.
     """
-    from PIL import Image  # comes with open_clip, without which the command still says what it lacks
+    from PIL import Image  # a dependency of open_clip; the command must be able to report that it is missing
 
     try:
         with Image.open(path) as image:
@@ -153,7 +153,7 @@ def read_image(path: Path) -> "Image.Image":
             return image.copy()  # a file of several frames would stay open
     except MemoryError:
         raise
-    # What Pillow raises for a broken file depends on its format; for very many pixels, a DecompressionBombError.
+    # Pillow's errors for a broken file depend on its format; for too many pixels it is a DecompressionBombError.
     except Exception as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
@@ -167,7 +167,7 @@ def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Tensor:
         num_classes: C.
 
     Raises:
-        DataError: it cannot be read, has another size or more than 8 bits, or a value that is no class.
+        DataError: it cannot be read, has another size or more than 8 bits, or a value that is not a class.
     """
     import numpy as np
 

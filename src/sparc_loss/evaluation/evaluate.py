@@ -1,10 +1,10 @@
-"""Every measure that a data set allows, of one model. Importing this imports open_clip.
+"""All measures that a data set allows, for one model. Importing this imports open_clip.
 
-Pooled features see what the model's own preprocessing shows, which may cut the borders off. Patches see the whole
-image, squashed to the model's size: else boxes and masks would not lie where the grid of patches is.
+Pooled features are computed with the model's own preprocessing, which may crop the borders. Patches are computed on
+the whole image, squashed to the model's size, so that boxes and masks match the grid of patches.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sparc_loss.embeddings.vision import patch_extent
 from sparc_loss.embeddings.words import word_positions
 from sparc_loss.evaluation.classification import top_k_accuracy
 from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, read_mask
+from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.evaluation.faithfulness import k_precision
 from sparc_loss.evaluation.hard_negatives import HARD_NEGATIVE_CHANCE, hard_negative_accuracy
 from sparc_loss.evaluation.image_batches import image_batches, unreadable
@@ -41,10 +41,10 @@ class Measure(NamedTuple):
 
     Attributes:
         name: such as "image_to_text_R@1".
-        value: what the model scores.
-        chance: what guessing scores.
-        ceiling: the most that a grid of patches can score; 1 where the grid does not matter.
-        count: of what it is a mean: images, captions, phrases or words, or classes.
+        value: the score of the model.
+        chance: the score of guessing.
+        ceiling: the best score that a grid of patches allows; 1 where the grid does not matter.
+        count: number of images, captions, phrases, words or classes of which it is the mean.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Options:
     Attributes:
         templates: prompts for the names of classes, each with a "{}"; open_clip's averages them.
         background_threshold: cosine below which a pixel is background; None leaves that mIoU out.
-        nouns_and_adjectives: which words count for that form of K-Precision; None leaves it out.
+        nouns_and_adjectives: the words for that form of K-Precision; None leaves it out.
         threshold: sigma of the fine-grained loss, for the probe of image dependence; None is 1/P.
-        alignment: of the fine-grained loss, likewise.
-        fine_grained_scale: 1/tau of the fine-grained loss, likewise; None is the model's logit_scale.
+        alignment: of the fine-grained loss, for the same probe.
+        fine_grained_scale: 1/tau of the fine-grained loss, for the same probe; None is the model's logit_scale.
         batch_size: images at a time, and texts.
         workers: processes that read images; 0 is none beside this one.
         device: the model's.
@@ -107,7 +107,15 @@ def evaluate(
             send what it read.
     """
     options = options or Options()
-    encoder = _Encoder(model.eval(), tokenizer, options)
+    encoder = Encoder(
+        model.eval(),
+        tokenizer,
+        options.batch_size,
+        options.device,
+        options.input_dtype,
+        options.autocast,
+        progress=True,
+    )
     text_features = encoder.texts(data.captions, "captions")
     dense = _Dense(encoder, data, options)
     image_features = text_features.new_empty(len(data.images), text_features.shape[1])
@@ -134,80 +142,22 @@ def evaluate(
     return measures, mean_image_dependence(dense.dependence) if dense.dependence else None
 
 
-class _Encoder:
-    """The model's embeddings, on the CPU in float32."""
-
-    def __init__(self, model: Any, tokenizer: Any, options: Options) -> None:
-        self.model, self.tokenizer, self.options = model, tokenizer, options
-
-    def texts(self, texts: Sequence[str], name: str) -> Tensor:
-        """Pooled, normalised: [M, D]."""
-        return torch.cat([self._run(self.model.encode_text, ids, normalize=True) for ids in self._ids(texts, name)])
-
-    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token embeddings [M, L, D] and mask [M, L]."""
-        encoded = [self._run(self.model.encode_tokens, ids) for ids in self._ids(texts)]
-        features, masks = zip(*encoded, strict=True)
-        return torch.cat(features), torch.cat(masks)
-
-    def token_sums(self, texts: Sequence[str], name: str) -> Tensor:
-        """The sum of the token embeddings that count, [M, D]; those of all texts are never in memory together."""
-        sums = []
-        for ids in self._ids(texts, name):
-            features, mask = self._run(self.model.encode_tokens, ids)
-            sums.append((features * mask.unsqueeze(-1)).sum(dim=1))
-        return torch.cat(sums)
-
-    def pooled(self, images: Tensor) -> Tensor:
-        return self._run(self.model.encode_image, images.to(self.options.input_dtype), normalize=True)
-
-    def patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patch embeddings [B, P, D] and the grid."""
-        return self._run(self.model.encode_patches, images.to(self.options.input_dtype))
-
-    def classes(self, names: Sequence[str]) -> Tensor:
-        """Prompt ensembles, [C, D]."""
-        with self.options.autocast():
-            weights = open_clip.build_zero_shot_classifier(
-                self.model,
-                self.tokenizer,
-                names,
-                self.options.templates,
-                num_classes_per_batch=max(1, self.options.batch_size // len(self.options.templates)),
-                device=self.options.device,
-            )
-        return weights.T.float().cpu()
-
-    def _ids(self, texts: Sequence[str], name: str | None = None) -> Iterable[Tensor]:
-        starts = range(0, len(texts), self.options.batch_size)
-        for start in tqdm(starts, desc=name, unit="batch", disable=name is None):
-            yield self.tokenizer(list(texts[start : start + self.options.batch_size]))
-
-    def _run(self, encode: Callable, inputs: Tensor, **options: Any) -> Any:
-        with self.options.autocast():
-            encoded = encode(inputs.to(self.options.device), **options)
-        if isinstance(encoded, Tensor):
-            return encoded.float().cpu()
-        features, other = encoded
-        return features.float().cpu(), other.cpu() if isinstance(other, Tensor) else other
-
-
 class _Dense:
-    """What needs patches, batch by batch, so that they are never all in memory."""
+    """The measures that need patches, batch by batch, so that they are never all in memory."""
 
-    def __init__(self, encoder: _Encoder, data: EvaluationData, options: Options) -> None:
+    def __init__(self, encoder: Encoder, data: EvaluationData, options: Options) -> None:
         self.encoder, self.data, self.options = encoder, data, options
         self.captions_of = data.captions_of()
         self.dependence: list[ImageDependence] = []
         scale = options.fine_grained_scale
         self.scale = encoder.model.logit_scale.exp().float().cpu() if scale is None else scale
-        self.class_features = encoder.classes(data.classes) if data.classes else None
+        self.class_features = encoder.classes(data.classes, options.templates) if data.classes else None
         phrases = sorted({each.phrase for objects in data.objects for each in objects})
         self.phrases = {phrase: index for index, phrase in enumerate(phrases)}
         if phrases:
             self.phrase_features = encoder.texts(phrases, "phrases")
             self.phrase_token_features = encoder.token_sums(phrases, "phrases, tokens")  # a mean but for the length
-        # As numbers: a tensor takes a hundred times the memory of what it says here.
+        # Numbers, because tensors would take a hundred times their memory.
         self.games: dict[str, list[tuple[float, float, float]]] = {"phrase": [], "phrase_tokens": [], "word": []}
         self.totals: dict[tuple[str, str], Tensor] = {}
 
@@ -275,7 +225,7 @@ class _Dense:
         objects = self.data.objects[caption]
         if not objects:
             return
-        # What has several boxes is found in any of them.
+        # A phrase or word with several boxes is found in any of them.
         of_phrases: dict[str, Tensor] = {}
         of_words: dict[int, Tensor] = {}
         for each in objects:
@@ -367,7 +317,7 @@ def _faithfulness(
 
 
 def _hard_negatives(
-    image_features: Tensor, text_features: Tensor, encoder: _Encoder, data: EvaluationData
+    image_features: Tensor, text_features: Tensor, encoder: Encoder, data: EvaluationData
 ) -> list[Measure]:
     pairs = [(caption, text) for caption, text in enumerate(data.hard_negatives) if text is not None]
     if not pairs:

@@ -1,10 +1,10 @@
-"""Faithfulness: how much of the caption retrieved for an image is said in the captions that people gave it.
+"""Faithfulness: how much of the caption retrieved for an image is confirmed by the image's own captions.
 
-K-Precision is the share of the retrieved caption's words that stand in at least one of the image's own captions; its
-nouns-and-adjectives form counts those alone (Bica et al., arXiv 2401.09865, Section 4; after Adlakha et al., arXiv
+K-Precision is the share of the retrieved caption's words that occur in at least one of the image's own captions; its
+nouns-and-adjectives form uses only these words (Bica et al., arXiv 2401.09865, Section 4; after Adlakha et al., arXiv
 2307.16877). A retrieved caption may be another image's and still say nothing false.
 
-Words are runs of letters and digits, lower case; each occurrence counts.
+Words are runs of letters and digits in lower case. Repeated words count each time.
 """
 
 import re
@@ -22,7 +22,7 @@ class KPrecision(NamedTuple):
     """K-Precision per image; `nanmean` is that of the data set.
 
     Attributes:
-        precision: float64 [N], NaN where the retrieved caption has no word that counts.
+        precision: float64 [N], NaN where the retrieved caption has no such word.
         chance: float64 [N], its mean over all captions that could have been retrieved.
     """
 
@@ -66,7 +66,7 @@ def k_precision(
     for image, caption in zip(image_of, captions, strict=True):
         said[image].update(caption_words(caption))
     shares = [_shares(caption, counts) for caption in captions]
-    # The mean share of each word over the captions that have any: chance is what of it an image's captions say.
+    # The mean share of each word over the captions. Chance is the sum over the words of the image's own captions.
     average: Counter[str] = Counter()
     for share in filter(None, shares):
         average.update(share)
@@ -89,7 +89,7 @@ def caption_words(caption: str) -> list[str]:
 
 
 def _shares(caption: str, counts: Callable[[str], bool] | Collection[str] | None) -> dict[str, float]:
-    """Each word that counts -> its share of those of the caption."""
+    """The share of each selected word among those of the caption."""
     words = caption_words(caption)
     if counts is not None:
         counts = counts if callable(counts) else counts.__contains__

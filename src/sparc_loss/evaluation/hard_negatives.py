@@ -1,4 +1,4 @@
-"""Hard negatives: does an image prefer its caption to one that swaps what belongs to which object?
+"""Hard negatives: does an image prefer its caption to one in which the objects' attributes are swapped?
 
 "a red seven left of a blue star" against "a blue seven left of a red star": the same words, another scene. After
 Yuksekgonul et al., "When and why vision-language models behave like bags-of-words" (ICLR 2023, arXiv 2210.01936).
@@ -51,13 +51,13 @@ def hard_negative_accuracy(image_features: Tensor, text_features: Tensor, negati
 def swap_words(caption: str, first: int, second: int) -> str:
     """The caption with two words exchanged; punctuation stays in its place.
 
-    Where "a" or "an" stands before both, the articles are exchanged as well, so that no wrong article gives the
-    negative away.
+    If "a" or "an" precedes both, the articles are exchanged as well, so that a wrong article does not reveal the
+    negative.
 
     Args:
         caption: words between white space.
         first: position in `caption.split()`.
-        second: likewise.
+        second: position of the other word.
 
     Raises:
         ValueError: a position outside the caption, or both the same.
@@ -80,7 +80,7 @@ def swap_words(caption: str, first: int, second: int) -> str:
 
 
 def _exchange(words: list[str], first: int, second: int) -> None:
-    """Exchange two words in place, but neither the punctuation around them nor the capital of a place."""
+    """Exchange two words in place; punctuation and capital letters stay where they are."""
     parts = [re.findall(r"^(\W*)(.*?)(\W*)$", words[position])[0] for position in (first, second)]
     for position, (before, word, after), (_, other, _) in zip((first, second), parts, reversed(parts), strict=True):
         initial = other[:1].upper() if word[:1].isupper() else other[:1].lower()

@@ -15,7 +15,7 @@ from sparc_loss.model_loading import preprocessing_of
 
 
 class ImageBatch(NamedTuple):
-    """Images as a worker sends them: in two tensors, for each that is sent takes a file descriptor.
+    """Images as a worker sends them: in two tensors, because each tensor takes a file descriptor.
 
     Attributes:
         indices: of the B images.
@@ -31,7 +31,7 @@ class ImageBatch(NamedTuple):
 
 
 class _Images(Dataset[Any]):
-    """Batches of images by their indices. What goes wrong is returned: raised, it would bring a worker's traceback."""
+    """Batches of images by their indices. Errors are returned: a raised one would print the worker's traceback."""
 
     def __init__(self, model: Any, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -61,7 +61,7 @@ class _Images(Dataset[Any]):
 
 
 def image_batches(model: Any, paths: Sequence[Path], batch_size: int, workers: int) -> Iterator[ImageBatch]:
-    # In a random order, always the same: neighbours in a file may resemble each other, and the probe swaps images.
+    # In a fixed random order: neighbours in a file may resemble each other, and the probe swaps neighbours.
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
     starts = range(0, len(order), batch_size)
     loader = DataLoader(
@@ -87,7 +87,7 @@ def image_batches(model: Any, paths: Sequence[Path], batch_size: int, workers: i
 
 
 def _end_workers(batches: Any) -> RuntimeError | None:
-    """PyTorch tells of a worker's death by a signal, which may come after what the death broke: returned if so."""
+    """Shut the workers down; returns the error by which PyTorch reports a dead worker, which may come late."""
     try:
         batches._shutdown_workers()
     except RuntimeError as death:
@@ -100,7 +100,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _send_errors(_: int) -> None:
-    """In a worker: where a batch cannot be sent, send the error. Python would drop it, and let the command wait."""
+    """In a worker: send the error if a batch cannot be sent. Python would drop it, and the command would wait."""
 
     def send(queue: multiprocessing.queues.Queue, error: Exception, item: tuple[int, Any]) -> None:
         queue.put((item[0], unreadable(error)))

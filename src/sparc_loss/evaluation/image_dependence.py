@@ -1,9 +1,9 @@
-"""Does the fine-grained loss look at the image?
+"""Does the fine-grained loss use the image?
 
 A token's group of patches c_l is close to (sum_p v_p v_p^T) t_l, so any image whose patches span the directions of the
-tokens solves the task of Eq. 6: the loss can fall to nearly zero without a look at what the image shows. This probe
-measures it again with patches that are not the caption's own. Where that changes nothing, the loss trains nothing
-about the image, whatever its value.
+tokens solves the task of Eq. 6: the loss can fall to nearly zero without using the content of the image. This probe
+measures the loss again with patches of other images. If that changes nothing, the loss trains nothing about the
+image, whatever its value.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from sparc_loss.functional import (
 
 
 class TokenMatching(NamedTuple):
-    """How well the tokens of a caption and their groups of patches find each other, means over the tokens that count.
+    """How well the tokens of a caption and their groups of patches find each other: means over valid tokens.
 
     Attributes:
         loss: the fine-grained loss (Eq. 6, reduction "token").
@@ -46,7 +46,7 @@ class ImageDependence(NamedTuple):
         shuffled: each caption with another image of the batch.
         constant: each caption with the mean, patch by patch, of the other images of the batch.
         chance: of both accuracies, 1 / the number of tokens of a caption, mean over the tokens.
-        tokens: the number of tokens that count.
+        tokens: the number of valid tokens.
     """
 
     right: TokenMatching
@@ -57,12 +57,12 @@ class ImageDependence(NamedTuple):
 
     @property
     def shuffled_gap(self) -> TokenMatching:
-        """What a wrong image costs: loss added, accuracies lost. About 0: the loss does not look at the image."""
+        """The difference between right and shuffled images. If it is about 0, the loss does not use the image."""
         return _gap(self.right, self.shuffled)
 
     @property
     def constant_gap(self) -> TokenMatching:
-        """What an image that says nothing costs, likewise."""
+        """The difference between right and constant images."""
         return _gap(self.right, self.constant)
 
 
@@ -78,26 +78,25 @@ def image_dependence(
 ) -> ImageDependence:
     """Measure a batch with right, shuffled and constant images.
 
-    Shuffled is the next row's image, so the result depends on nothing but the batch; let its rows be in no order that
-    makes neighbours alike. Constant is no image of zeros or of one colour: with equal patches every group is the same
-    and all is a tie by construction. The mean of the other images has a patch for every place and nothing of the
-    caption's own image. A tie is a miss: groups that are all the same match no token. (In a caption of one token
-    there is nothing to mistake; `chance` says so.)
+    "Shuffled" uses the image of the next row, so the result depends only on the batch; neighbours should not be alike.
+    "Constant" uses the mean of the other images, which has a patch for every place and nothing of the caption's own
+    image. (With an image of zeros or of one colour, all groups would be equal and every match a tie.) A tie is a miss.
+    In a caption of one token every match is right; `chance` includes this.
 
-    There is no `region_mask`: with the patches given for each word the task is another one.
+    There is no `region_mask`, because with given patches for each word the task differs.
 
     Args:
         patch_features: floating point [B, P, D], not normalised; no image twice, B at least 2.
         token_features: floating point [B, L, D], not normalised.
-        token_mask: bool [B, L], True for the tokens that count.
+        token_mask: bool [B, L], True for valid tokens.
         logit_scale: 1/tau of the loss, a number or a tensor of one element.
         threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
         alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
 
     Raises:
         TypeError: features not floating point, a mask not bool.
-        ValueError: shapes or devices that disagree, values that are not finite, fewer than 2 images, no token that
-            counts.
+        ValueError: shapes or devices that disagree, values that are not finite, fewer than 2 images, no valid
+            token.
     """
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
     check_mask("token_mask", token_mask, token_features.shape[:2], "b l", token_features.device)
@@ -105,7 +104,7 @@ def image_dependence(
     if batch < 2:
         raise ValueError(f"patch_features has B = {batch}; expected 2 or more images, to shuffle them")
     if not token_mask.any():
-        raise ValueError("token_mask is False everywhere; expected a token that counts")
+        raise ValueError("token_mask is False everywhere; expected a valid token")
     for name, features in (("patch_features", patch_features), ("token_features", token_features[token_mask])):
         if not features.isfinite().all():
             raise ValueError(f"{name} has values that are not finite; expected finite ones")

@@ -1,10 +1,10 @@
-"""Tables as people read them: Markdown, aligned as plain text too."""
+"""Markdown tables that are also aligned as plain text."""
 
 from collections.abc import Sequence
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the heading; the first column stands left, the others right. Every line ends with a newline.
+    """A table with the first row as heading; the first column is aligned left, the others right.
 
     Raises:
         ValueError: rows of different lengths.

@@ -46,7 +46,7 @@ def read_pairs(
 
 
 def read_table(path: str | Path, separator: str, **options: Any) -> "DataFrame":
-    """What `pandas.read_csv` makes of a file with these options; an empty table of an empty file.
+    """The result of `pandas.read_csv` with these options; an empty table for an empty file.
 
     Raises:
         DataError: it cannot be read.
@@ -66,7 +66,7 @@ def read_table(path: str | Path, separator: str, **options: Any) -> "DataFrame":
 
 
 def separator_of(path: str | Path) -> str:
-    """A tab if the first line has one, else a comma.
+    """A tab if the first line contains one, otherwise a comma.
 
     Raises:
         DataError: it cannot be read.

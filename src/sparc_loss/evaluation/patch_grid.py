@@ -1,7 +1,7 @@
 """Where the patches of a grid lie on an image, along one side of both.
 
-`extent` is the share of the side that the grid covers, from its beginning. All is counted in whole numbers: a centre
-on the border of two pixels must not go to either of them by rounding.
+`extent` is the share of the side that the grid covers, from its beginning. The arithmetic uses whole
+numbers, so that rounding does not move a centre on the border of two pixels.
 """
 
 from fractions import Fraction
@@ -19,7 +19,7 @@ def patch_centres(pixels: int, patches: int, extent: float = 1.0) -> Tensor:
     """The pixel at the centre of each patch, or of the part of it that lies within the image: int64 [patches].
 
     Raises:
-        TypeError: an extent that is no number.
+        TypeError: an extent that is not a number.
         ValueError: an extent that is not finite, or not above 0.
     """
     patch, pixel = _units(pixels, patches, extent)
@@ -38,7 +38,7 @@ def nearest_patches(pixels: int, patches: int, extent: float = 1.0) -> Tensor:
 
 
 def check_extent(extent: float) -> None:
-    """Raise TypeError unless `extent` is a number, ValueError unless it is finite, above 0 and no absurd one."""
+    """Raise TypeError unless `extent` is a number, ValueError unless it is finite, above 0 and of a plausible size."""
     check_number("extent", extent, 1 / _PRECISION, _PRECISION)
 
 

@@ -1,8 +1,8 @@
 """The pointing game: does the patch most similar to a phrase or word lie on the object that it names?
 
 After Zhang et al., "Top-Down Neural Attention by Excitation Backprop" (ECCV 2016, arXiv 1608.00507): a hit is a
-maximum that lies on an annotated instance of the object. The annotation is whatever the data has, masks or filled
-boxes (`box_masks`); figures on the one are not comparable with figures on the other.
+maximum that lies on an annotated instance of the object. The annotations are masks or filled boxes (`box_masks`);
+figures on masks are not comparable with figures on boxes.
 """
 
 from typing import Any, NamedTuple
@@ -34,8 +34,8 @@ def pointing_game(
 ) -> PointingGame:
     """Play the pointing game: a hit if the centre of the most similar patch lies in the mask.
 
-    The centre is the pixel at (row + 1/2) H/h, (column + 1/2) W/w, rounded down. A tie never counts in favour: where
-    several patches share the maximum, all of them must lie in the mask. There is no tolerance margin.
+    The centre is the pixel at (row + 1/2) H/h, (column + 1/2) W/w, rounded down. If several
+    patches share the maximum, all of them must lie in the mask. There is no tolerance margin.
 
     Args:
         similarity: floating point [N, P], P patches row by row.
@@ -46,7 +46,7 @@ def pointing_game(
             their centre is then that of the part within.
 
     Raises:
-        TypeError: similarity that is no floating-point tensor, masks that are not bool, an extent that is no number.
+        TypeError: similarity not floating point, masks not bool, an extent that is not a number.
         ValueError: shapes that disagree, values that are not finite, an extent that is not above 0.
     """
     check_features("n p", similarity=similarity)
@@ -76,7 +76,7 @@ def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
     Args:
         boxes: [N, 4], left, top, right, bottom in pixels, right and bottom exclusive.
         height: of the image in pixels.
-        width: likewise.
+        width: of the image in pixels.
 
     Raises:
         ValueError: boxes of another shape.

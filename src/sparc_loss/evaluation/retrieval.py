@@ -13,7 +13,7 @@ from torch import Tensor
 from sparc_loss._checks import check_features
 from sparc_loss._nearest import TIE
 
-# Similarities that are in memory at a time, and queries: 64 MB, however many candidates there are.
+# Maximum number of similarities in memory (64 MB), and of queries at a time.
 _SIMILARITIES, _CHUNK = 1 << 24, 1024
 
 
@@ -29,8 +29,8 @@ def recall_at_k(
 ) -> Recall:
     """Share of the queries whose counterpart is among the k nearest by cosine similarity.
 
-    A tie never counts in favour: wrong candidates as near as the right one are ranked before it, so a model that maps
-    everything to one point scores 0. The nearest of an image's captions counts.
+    In a tie, wrong candidates are ranked before the right one, so a model that maps everything to one point scores 0.
+    Of an image's captions, the nearest is used.
 
     Args:
         image_features: floating point [N, D], normalised or not.
@@ -39,7 +39,7 @@ def recall_at_k(
         image_index: int64 [M], the image of each caption; None is caption i to image i, with M = N.
 
     Raises:
-        TypeError: features that are not floating-point tensors, k that is no int, an image_index not of int64.
+        TypeError: features that are not floating-point tensors, k that is not an int, an image_index not of int64.
         ValueError: shapes or devices that disagree, values that are not finite, no pairs, k outside 1 to N, an image
             without a caption.
     """
@@ -125,7 +125,7 @@ def _recall(queries: Tensor, candidates: Tensor, query_image: Tensor, candidate_
 
 
 def _chunk(candidates: int) -> int:
-    """How many queries to compare with all candidates at a time."""
+    """Number of queries to compare with all candidates at a time."""
     return max(1, min(_CHUNK, _SIMILARITIES // candidates))
 
 

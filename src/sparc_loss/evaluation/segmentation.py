@@ -11,9 +11,9 @@ the data set before they are divided, as PASCAL VOC does it:
     mean_iou(*totals)
 
 The paper averages over foreground classes and predicts no background, so background pixels count against every class.
-With `background_threshold` pixels that resemble no class are background, which is then a class like the others. Or
-let `ignore=BACKGROUND` leave the background's pixels out: that tells how well the classes are told apart. What a grid
-of patches can reach at all is the score of `majority_segmentation`.
+With `background_threshold`, pixels that resemble no class are background, which is then a class like the others. With
+`ignore=BACKGROUND`, background pixels are left out: this measures how well the classes are separated. The score of
+`majority_segmentation` is about the best that a grid of patches allows.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def segment(
             have the cosines of the nearest patch.
 
     Raises:
-        TypeError: features that are not floating-point tensors, an extent that is no number.
+        TypeError: features that are not floating-point tensors, an extent that is not a number.
         ValueError: shapes that disagree, values that are not finite, `present` empty or out of range, an extent that
             is not above 0.
     """
@@ -99,7 +99,7 @@ def intersection_and_union(
 
     Args:
         labels: int64 [...], 0 to num_classes - 1 or BACKGROUND.
-        target: int64 [...], likewise, or `ignore`.
+        target: int64 [...], with the same values, or `ignore`.
         num_classes: C.
         ignore: target value of pixels left out of everything, such as VOC's 255.
 
@@ -148,7 +148,7 @@ def majority_segmentation(
         Labels, int64 [H, W]; of classes as frequent, the first. BACKGROUND where there is no class at all.
 
     Raises:
-        TypeError: target of another dtype, an extent that is no number.
+        TypeError: target of another dtype, an extent that is not a number.
         ValueError: target of another rank, a label out of range, a grid finer than the pixels, an extent that is not
             above 0.
     """
@@ -219,7 +219,7 @@ def mean_iou(intersection: Tensor, union: Tensor, *, background: bool = False) -
 
     Args:
         intersection: [C + 1], summed over the images; the last is background.
-        union: likewise.
+        union: [C + 1], in the same order.
         background: count background as a class.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What looks at validation pairs between epochs. It never ends a run, and leaves the training unchanged."""
+"""Measures and figures of validation pairs between epochs. They never end a run or change the training."""

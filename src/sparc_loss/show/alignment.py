@@ -1,4 +1,4 @@
-"""What each word of a caption selects of an image: the loss's alignment weights (Eqs. 2-4), word by word."""
+"""The patches that each word of a caption selects: the loss's alignment weights (Eqs. 2-4), word by word."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ class AlignedPair:
     Attributes:
         caption: with its words.
         pixels: uint8 [H, W, 3], the image as the model sees it: resized and cropped.
-        weights: float32 [words, h, w] on the CPU, for `caption.read` in their order; each word's sum to 1. A word of
-            several pieces has the mean of its pieces' weights: it keeps what any of them keeps.
+        weights: float32 [words, h, w] on the CPU, for `caption.read` in their order; those of a word sum to 1. A word
+            of several pieces has the mean of their weights, so it keeps every patch that one of them keeps.
         patch_size: height and width of a patch in pixels. The grid begins at the top left corner; pixels right of it
             and below are in no patch, and the last patches may reach beyond the image.
         title: of the pair, "" for none.
@@ -100,14 +100,14 @@ def read_image(image: Image.Image | str | Path) -> Image.Image:
     """Open an image file, or take an image that is open.
 
     Raises:
-        ValueError: there is no such file, or it is no image, or a broken one.
+        ValueError: a file that does not exist or is not a readable image.
     """
     return image if isinstance(image, Image.Image) else dataset.read_image(Path(image))
 
 
 @contextmanager
 def _ready(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Surfaced and in evaluation mode; then as before, down to modules that have a mode of their own."""
+    """Surface the model in evaluation mode; on exit, restore it and the mode of each module."""
     was_surfaced = isinstance(model, Surfaced)
     if not was_surfaced:
         surface_embeddings(model, tokenizer)

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
 
     Raises:
         SystemExit: with code 2 and one line of error for bad arguments, an image that cannot be read, a caption
-            without words, a model that cannot be had.
+            without words, a model that cannot be loaded.
     """
     parser = _parser()
     args = parser.parse_args(argv)

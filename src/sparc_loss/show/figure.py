@@ -99,8 +99,8 @@ def draw(
 def light(pair: AlignedPair, smooth: bool = False) -> Tensor:
     """How brightly each pixel is lit for each word, in [0, 1]: float32 [words, H, W].
 
-    The square of a weight over the word's highest weight: between the lowest and the highest similarity of a word,
-    most patches lie in the middle, and the square tells them from the highest. Pixels outside of all patches are 0.
+    The square of a weight over the word's highest weight. Most patches lie between the lowest and the highest
+    similarity of a word, and the square separates them from the highest. Pixels outside of all patches are 0.
     """
     height, width = pair.pixels.shape[:2]
     rows, columns = pair.weights.shape[1:]
@@ -108,7 +108,7 @@ def light(pair: AlignedPair, smooth: bool = False) -> Tensor:
     y, x = (torch.arange(size) + 0.5 for size in (height, width))
     y, x = y / pair.patch_size[0], x / pair.patch_size[1]
     if smooth:
-        # Where the outermost centres are passed, the outermost weights go on.
+        # Beyond the outermost centres, the outermost weights are repeated.
         grid = torch.meshgrid(y / rows * 2 - 1, x / columns * 2 - 1, indexing="ij")
         place = torch.stack((grid[1], grid[0]), dim=-1).expand(len(relative), -1, -1, -1)
         lit = torch.nn.functional.grid_sample(
@@ -227,7 +227,7 @@ def _display_width(text: str) -> int:
 
 
 def _families(text: str) -> list[str]:
-    """Font families that have the letters of `text`, as far as any that is installed does; matplotlib's own first."""
+    """Installed font families that together have the letters of `text`, as far as possible; matplotlib's own first."""
     families, missing = [_FONT], {letter for letter in text if not letter.isspace()}
     missing -= _letters(font_manager.findfont(_FONT))
     for font in font_manager.fontManager.ttflist if missing else ():

@@ -1,4 +1,4 @@
-"""The alignment of words and patches as a page: one HTML file to point into, that loads nothing from anywhere."""
+"""The alignment of words and patches as an interactive page: one HTML file that loads nothing else."""
 
 import base64
 import hashlib
