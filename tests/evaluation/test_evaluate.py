@@ -13,6 +13,7 @@ from einops import reduce
 from PIL import Image
 
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, NamedObject
+from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.evaluation.evaluate import Options, evaluate
 from sparc_loss.evaluation.image_batches import image_batches
 from sparc_loss.functional import fine_grained_loss

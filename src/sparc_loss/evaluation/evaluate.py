@@ -107,15 +107,8 @@ def evaluate(
             send what it read.
     """
     options = options or Options()
-    encoder = Encoder(
-        model.eval(),
-        tokenizer,
-        options.batch_size,
-        options.device,
-        options.input_dtype,
-        options.autocast,
-        progress=True,
-    )
+    settings = (options.batch_size, options.device, options.input_dtype, options.autocast)
+    encoder = Encoder(model.eval(), tokenizer, *settings, progress=True)
     text_features = encoder.texts(data.captions, "captions")
     dense = _Dense(encoder, data, options)
     image_features = text_features.new_empty(len(data.images), text_features.shape[1])
