@@ -8,12 +8,14 @@ OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 eino
 # What of the tests meets open_clip; its main branch changes nothing for the others.
 MAIN_TESTS := $(addprefix tests/,open_clip_4 plugins hooks monitoring embeddings losses show test_train.py test_train_baselines.py test_diagnostics.py)
 
-.PHONY: help install train study test test-oldest test-main open-clip-checkout fuzz bench docs lint clean
+.PHONY: help install train study quick test test-all test-oldest test-main open-clip-checkout fuzz bench docs lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
 	@echo "make study   compare every objective on the same scenes; about 80 minutes on 2 cores, and it can be stopped"
-	@echo "make test    run the tests"
+	@echo "make quick   run the tests that start no process and train nothing; about a minute"
+	@echo "make test    run every test that guards a behaviour of its own; about 8 minutes on 2 cores"
+	@echo "make test-all  also the exhaustive ones: all 144 models, every golden case on every path"
 	@echo "make bench   measure what the fine-grained loss costs; minutes"
 	@echo "make fuzz    hold the loss against its slow reference in 20,000 random cases"
 	@echo "make test-oldest  run the tests with the oldest torch and open_clip that are claimed"
@@ -39,7 +41,13 @@ train: $(STAMP)
 study: $(STAMP)
 	$(BIN)/python -m examples.study
 
+quick: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses auto -m "not processes and not exhaustive"
+
 test: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses auto -m "not exhaustive"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto
 
 bench: $(STAMP)

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,24 +80,31 @@ def data_flags(folder: Path, *, name: str, epochs: int = 1) -> list[str]:
 
 
 def run_python(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run this interpreter with the arguments; output and errors are in `stdout`. On time-out its children end too."""
+    """Run this interpreter with the arguments; output and errors are in `stdout`.
+
+    It ends with its children on a time-out, and when the tests are killed (supervised.py).
+    """
     command = [sys.executable, *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
     if "PYTHONPATH" in os.environ:  # stays behind the caller's
         env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([env["PYTHONPATH"], os.environ["PYTHONPATH"]]))
+    alive, ours = os.pipe()
+    supervisor = [sys.executable, "-S", str(Path(__file__).with_name("supervised.py")), str(alive)]
     with subprocess.Popen(
-        command,
+        [*supervisor, *command],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=env,
         start_new_session=True,
+        pass_fds=[alive],
     ) as process:
+        os.close(alive)
         try:
             output, _ = process.communicate(timeout=TIMEOUT)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:
+            os.close(ours)  # where the command still runs, the supervisor ends it
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 

@@ -79,28 +79,13 @@ def fine_grained_loss(
     Under torch.compile it runs uncompiled between two graphs. `torch.func`, forward-mode differentiation and second
     derivatives need `functional`. On a GPU the host waits once for the numbers of tokens, which define the groups.
 
-    Args:
-        patch_features: [B, P, D], not normalised.
-        token_features: [B, L, D], not normalised.
-        token_mask: bool [B, L], True for valid tokens.
-        logit_scale: 1/tau, a number or a tensor of one element.
-        threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
-        alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
-        reduction: "token" or "sample", see `functional.sequence_contrastive_loss`.
-        patch_mask: bool [B, P], False for padding patches.
-        region_mask: bool [B, L, P], True for the patches a token may use; a token that may use none is not valid.
-        chunk_bytes: bound in bytes of the workspace of one group of captions, or one caption if that needs more. None
-            is 8 MiB on a CPU, so that a group stays in the cache, and 512 MiB elsewhere, where few large groups
-            launch fewer kernels.
-        recompute: keep only the inputs between forward and backward, for a third more multiplications.
-
-    Returns:
-        Scalar, float32 (float64 if a feature is).
+    The arguments are those of `functional.fine_grained_loss`, and two more. `chunk_bytes` bounds the workspace of one
+    group of captions, or of one caption if that needs more. None is 8 MiB on a CPU, so that a group stays in the
+    cache, and 512 MiB elsewhere, where few large groups launch fewer kernels. `recompute` keeps only the inputs
+    between forward and backward, for a third more multiplications.
 
     Raises:
-        TypeError: features not floating point, a mask not bool, a threshold that is not a number.
-        ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment or reduction, a
-            chunk_bytes below 1.
+        TypeError, ValueError: as `functional.fine_grained_loss`; a chunk_bytes below 1.
         RuntimeError: in a transform of torch.func, in forward-mode differentiation, and in backward when a second
             derivative is requested.
 

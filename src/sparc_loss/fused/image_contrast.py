@@ -55,28 +55,12 @@ def image_contrastive_loss(
 ) -> Tensor:
     """`functional.image_contrastive_loss` with first derivatives only; see `fused.fine_grained_loss`.
 
-    Args:
-        patch_features: [B, P, D], not normalised.
-        token_features: [B, L, D], not normalised.
-        token_mask: bool [B, L], True for valid tokens.
-        logit_scale: 1/tau, a number or a tensor of one element.
-        image_negatives: K, at least 1; all other images if the batch has fewer.
-        threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
-        alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
-        reduction: "token" or "sample", see `functional.image_contrastive_loss`.
-        patch_mask: bool [B, P], False for padding patches.
-        region_mask: bool [B, L, P], True for the patches of its own image that a token may use.
-        chunk_bytes: bound in bytes of the workspace of one group of captions, see `fused.fine_grained_loss`. Patches
-            of less than 32 bits also have a gradient [B, P, D] in float32 until it is rounded.
-        recompute: keep only the inputs between forward and backward, for a third more multiplications.
-
-    Returns:
-        Scalar, float32 (float64 if a feature is).
+    The arguments are those of `functional.image_contrastive_loss`, and `chunk_bytes` and `recompute` as in
+    `fused.fine_grained_loss`. Patches of less than 32 bits also have a gradient [B, P, D] in float32 until it is
+    rounded.
 
     Raises:
-        TypeError: features not floating point, a mask not bool, a threshold or K that is not a (whole) number.
-        ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment or reduction, a
-            chunk_bytes below 1, a K below 1.
+        TypeError, ValueError: as `functional.image_contrastive_loss`; a chunk_bytes below 1.
         RuntimeError: as `fused.fine_grained_loss`.
     """
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
