@@ -29,7 +29,7 @@ def test_the_train_extra_admits_just_the_same_range():
     assert not {"2.32.0", "3.4.0", "4.0.0"} & set(train.specifier.filter(["2.32.0", "3.4.0", "4.0.0"]))
 
 
-@pytest.mark.parametrize("found", ["2.32.0", "3.4.0", "4.0.0", "4.2.0", "4.2.0.dev1"])
+@pytest.mark.parametrize("found", ["2.32.0", "3.4.0", "4.0.0", "4.2.0", "4.2.0.dev1", "3.3.1.dev0", "3.33.0"])
 def test_another_version_is_one_readable_error_with_what_was_found_and_tested(found):
     with pytest.raises(UntestedVersionError) as raised:
         check_version(found)
@@ -40,10 +40,15 @@ def test_another_version_is_one_readable_error_with_what_was_found_and_tested(fo
 
 @pytest.mark.parametrize("version", TESTED + TESTED_UNRELEASED)
 def test_every_tested_version_is_accepted(version):
-    check_version(version)
+    assert check_version(version) is None
 
 
-def test_metrics_are_logged_from_the_fourth_generation_on():
+@pytest.mark.parametrize(("found", "tested"), [("3.3.1", "3.3.0"), ("3.0.12", "3.0.0")])
+def test_a_patch_release_of_a_tested_minor_version_is_accepted_with_a_warning(found, tested):
+    assert check_version(found) == f"open_clip_torch {found} is installed; sparc_loss.train was tested with {tested}"
+
+
+def test_diagnostics_are_logged_from_open_clip_4_on():
     assert [logs_diagnostics(version) for version in ("3.0.0", "3.3.0", "4.2.0.dev0", "5.0.0")] == [
         False,
         False,
@@ -52,5 +57,5 @@ def test_metrics_are_logged_from_the_fourth_generation_on():
     ]
 
 
-def test_the_module_of_a_generation_is_named_for_it():
+def test_the_module_of_a_major_version_is_named_for_it():
     assert module_of_major_version(open_clip.__version__).__name__.endswith(f"open_clip_{MAJOR_VERSION}")

@@ -19,6 +19,19 @@ def test_the_plugins_loss_takes_the_place_of_open_clips():
         assert open_clip_main.create_loss(args) == ("loss", args)
 
 
+def test_a_plugin_may_be_an_object_with_methods():
+    class Plugin:
+        def prepare_model(self, model, args):
+            return model
+
+        def create_loss(self, args):
+            return self, args
+
+    plugin, args = Plugin(), Namespace()
+    with hooked(lambda argv: args, plugin):
+        assert open_clip_main.create_loss(args) == (plugin, args)
+
+
 def test_epochs_are_between_before_epoch_and_after_epoch(monkeypatch):
     calls = []
 
