@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparc_loss import SparcLoss, functional, fused
-from sparc_loss.functional import ALIGNMENTS, REDUCTIONS, AlignmentSettings
+from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
 from sparc_loss.fused import groups
-from sparc_loss.fused.groups import Settings, caption_slices
+from sparc_loss.fused.groups import caption_slices
 
 OPTIONS = [(alignment, reduction) for alignment in ALIGNMENTS for reduction in REDUCTIONS]
 
@@ -54,8 +54,10 @@ def random_batch(lengths: list[int], patches: int, length: int, dim: int, dtype:
 # The value and the gradient
 
 
-@given(batches(), st.sampled_from([1, 3000, None]), st.sampled_from([0.0, 0.1, 10.0]), st.booleans())
-def test_equals_functional_in_float64(batch: Batch, chunk_bytes: int | None, padding: float, recompute: bool) -> None:
+@given(batches(), st.sampled_from([1, 3000, None]), st.sampled_from([0.0, 0.1, 10.0, None]), st.booleans())
+def test_equals_functional_in_float64(
+    batch: Batch, chunk_bytes: int | None, padding: float | None, recompute: bool
+) -> None:
     with mock.patch.object(groups, "CPU_PADDING", padding):
         actual = loss_and_gradients(fused, batch, chunk_bytes=chunk_bytes, recompute=recompute)
     assert_same(actual, loss_and_gradients(functional, batch), 1e-12)
@@ -164,7 +166,7 @@ def test_nan_and_infinity_in_a_feature_that_counts_show_in_the_loss(
         assert fused.fine_grained_loss(**vars(changed)).isnan()
 
 
-@pytest.mark.parametrize("padding", [0.0, 10.0])
+@pytest.mark.parametrize("padding", [0.0, 10.0, None])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 def test_what_masked_tokens_hold_changes_nothing(padding: float, value: float) -> None:
     batch = random_batch([4, 2, 0, 1, 3], 6, 4, 5)
@@ -312,9 +314,8 @@ def test_the_gradients_are_let_go_in_backward() -> None:
 def test_groups_hold_every_caption_once_within_their_bounds(
     numbers: list[int], patches: int, dim: int, chunk_bytes: int, padding: float
 ) -> None:
-    settings = Settings(AlignmentSettings(), chunk_bytes, padding, False)
     seen = []
-    for group, longest in caption_slices(numbers, patches, dim, 4, settings):
+    for group, longest in caption_slices(numbers, (len(numbers), patches, dim), 4, chunk_bytes, padding):
         held = numbers[group]
         seen += held
         assert longest == max(held)

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparc_loss import SparcLoss, functional, fused
-from sparc_loss.functional import ALIGNMENTS, REDUCTIONS, AlignmentSettings
+from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
 from sparc_loss.fused import groups
-from sparc_loss.fused.groups import Settings, caption_slices
+from sparc_loss.fused.groups import caption_slices
 
 NAMES = ("patch_features", "token_features", "logit_scale")
 
@@ -59,7 +59,7 @@ def random_batch(lengths: list[int], patches: int, length: int, dim: int, dtype:
     batches(),
     st.integers(1, 8),
     st.sampled_from([1, 3000, None]),
-    st.sampled_from([0.0, 0.1, 10.0]),
+    st.sampled_from([0.0, 0.1, 10.0, None]),
     st.booleans(),
 )
 @hypothesis_settings(max_examples=100)
@@ -266,10 +266,9 @@ def test_nothing_is_saved_for_backward_beyond_the_inputs_and_their_gradients(
 @pytest.mark.parametrize("images", [1, 2, 8])
 def test_what_waits_for_further_images_counts_in_the_workspace(images: int) -> None:
     patches, dim, length, chunk_bytes = 49, 16, 10, 2**19
-    settings = Settings(AlignmentSettings(), chunk_bytes, 0.5, False)
     at_once = 2 * patches * dim + length * (12 * dim + 6 * patches)
     waiting = (images - 1) * length * 2 * (patches + dim)
-    for group, _ in caption_slices([length] * 60, patches, dim, 4, settings, images):
+    for group, _ in caption_slices([length] * 60, (60, patches, dim), 4, chunk_bytes, 0.5, images):
         assert 1 < group.stop - group.start <= chunk_bytes / (4 * (at_once + waiting))
 
 

@@ -55,7 +55,7 @@ from sparc_loss._arithmetic import autocast_disabled, full_precision_dtype
 from sparc_loss.functional import Alignment, AlignmentSettings, Reduction
 from sparc_loss.fused.alignment import unit_and_norm, usable_patches_of, weights_and_gradient
 from sparc_loss.fused.function import Gradients, fused_loss
-from sparc_loss.fused.groups import Group, Groups, Settings
+from sparc_loss.fused.groups import Group, Settings, groups_of
 
 
 # A hand-written gradient cannot be traced: torch.compile breaks its graph here and continues after the call.
@@ -77,7 +77,7 @@ def fine_grained_loss(
     """`functional.fine_grained_loss` with first derivatives only.
 
     Under torch.compile it runs uncompiled between two graphs. `torch.func`, forward-mode differentiation and second
-    derivatives need `functional`. On a GPU the host waits once for the numbers of tokens, which define the groups.
+    derivatives need `functional`.
 
     The arguments are those of `functional.fine_grained_loss`, and two more. `chunk_bytes` bounds the workspace of one
     group of captions, or of one caption if that needs more. None is 8 MiB on a CPU, so that a group stays in the
@@ -116,17 +116,17 @@ def _loss_and_gradients(
     loss, grad_scale = torch.zeros_like(scale), torch.zeros_like(scale)
     grad_patches = torch.empty_like(patch_features, memory_format=torch.contiguous_format) if wanted[0] else None
     grad_tokens = torch.zeros_like(token_features, memory_format=torch.contiguous_format) if wanted[1] else None
-    groups = Groups(valid_tokens, patch_features.shape, dtype.itemsize, settings)
+    groups, empty = groups_of(valid_tokens, patch_features.shape, dtype.itemsize, settings)
     if grad_patches is not None:
-        grad_patches.index_fill_(0, groups.empty, 0)
-    tokens_of_batch = groups.numbers.sum().clamp(min=1).to(dtype)
+        grad_patches.index_fill_(0, empty, 0)
+    tokens_of_batch = valid_tokens.sum().clamp(min=1).to(dtype)
 
     with autocast_disabled(device):
         for group in groups:
             if settings.alignment.reduction == "token":
                 share = (1 / tokens_of_batch).expand(len(group.captions))
             else:
-                share = 1 / (group.numbers * len(valid_tokens)).to(dtype)
+                share = 1 / (group.numbers.clamp(min=1) * len(valid_tokens)).to(dtype)
             v = patch_features[group.captions].to(dtype)
             if patch_mask is not None:
                 v.masked_fill_(~patch_mask[group.captions][..., None], 0)

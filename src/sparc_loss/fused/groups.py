@@ -1,9 +1,11 @@
-"""A batch as groups of captions of similar length, which bounds the padding and the memory.
+"""A batch as groups of captions, which bounds the padding and the memory.
 
 Captions are short and the text context is long: of 77 positions, about 16 hold words. But in every batch some caption
-is nearly full, so that cutting the batch to its longest caption saves nothing. Here masked tokens are removed from
-every caption (they need not be at the end), captions are sorted by their number of valid tokens, and neighbours form
-groups. The losses process one group at a time in a workspace of `chunk_bytes`.
+is nearly full, so that cutting the batch to its longest caption saves nothing. On a CPU, masked tokens are removed
+from every caption (they need not be at the end), captions are sorted by their number of valid tokens, and neighbours
+form groups. On other devices the host would have to wait for these numbers until the towers have run, and the products
+cost little: there a group is a slice of the batch, with all positions. The losses process one group at a time in a
+workspace of `chunk_bytes`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ CPU_CHUNK_BYTES = 8 * 2**20
 # On a GPU every group costs some forty kernel launches: on an H100, a quarter of the groups takes 60 % of the time.
 OTHER_CHUNK_BYTES = 512 * 2**20
 # Maximum number of padded positions per valid token: more padding means fewer groups.
-CPU_PADDING, OTHER_PADDING = 0.1, 1.0
+CPU_PADDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,14 @@ class Settings:
     Attributes:
         alignment: of the loss.
         chunk_bytes: bound of the workspace of one group.
-        padding: maximum number of padded positions per valid token.
+        padding: maximum number of padded positions per valid token; None is whole captions in the batch's order, which
+            are grouped without reading their numbers of tokens from the device.
         recompute: compute the gradient in backward, from the inputs.
     """
 
     alignment: AlignmentSettings
     chunk_bytes: int
-    padding: float
+    padding: float | None
     recompute: bool
 
 
@@ -54,15 +57,15 @@ def settings_for(
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if on_cpu else OTHER_CHUNK_BYTES
     check_number("chunk_bytes", chunk_bytes, 1)
-    return Settings(alignment, chunk_bytes, CPU_PADDING if on_cpu else OTHER_PADDING, recompute)
+    return Settings(alignment, chunk_bytes, CPU_PADDING if on_cpu else None, recompute)
 
 
 class Group(NamedTuple):
-    """Captions of similar length, and the positions of their valid tokens.
+    """Some captions, and the positions of their tokens; all valid tokens are among them.
 
     Attributes:
         captions: int64 [G], rows of the batch.
-        positions: int64 [G, N], of the valid tokens in their order, then of masked ones.
+        positions: int64 [G, N], of tokens.
         valid: bool [G, N], True for valid tokens.
         numbers: int64 [G], of valid tokens.
     """
@@ -82,8 +85,22 @@ class Group(NamedTuple):
         return token_features[self.places].to(dtype).masked_fill_(~self.valid[..., None], 0)
 
 
-class Groups:
+class Groups(NamedTuple):
     """The groups of a batch.
+
+    Attributes:
+        groups: each of its captions is in one of them, or empty.
+        empty: int64 [E], captions without a valid token that are in no group.
+    """
+
+    groups: list[Group]
+    empty: Tensor
+
+
+def groups_of(
+    valid_tokens: Tensor, shape: Sequence[int], itemsize: int, settings: Settings, images: int = 1
+) -> Groups:
+    """Group the captions of a batch.
 
     Args:
         valid_tokens: bool [B, L].
@@ -92,44 +109,50 @@ class Groups:
         settings: bound of the workspace and of the padding.
         images: with how many images each caption is aligned.
     """
-
-    def __init__(
-        self, valid_tokens: Tensor, shape: Sequence[int], itemsize: int, settings: Settings, images: int = 1
-    ) -> None:
-        self.numbers, self.captions = valid_tokens.sum(dim=1).sort()
-        self.positions = valid_tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        self.slices = list(caption_slices(self.numbers.tolist(), shape[1], shape[2], itemsize, settings, images))
-
-    @property
-    def empty(self) -> Tensor:
-        """Captions without a valid token, which are in no group: int64 [E]."""
-        return self.captions[: self.slices[-1][0].start if self.slices else None]
-
-    def __iter__(self) -> Iterator[Group]:
-        for group, longest in self.slices:
-            captions, numbers = self.captions[group], self.numbers[group]
-            valid = torch.arange(longest, device=numbers.device) < numbers[:, None]
-            yield Group(captions, self.positions[captions, :longest], valid, numbers)
+    batch, length = valid_tokens.shape
+    numbers = valid_tokens.sum(dim=1)
+    if settings.padding is None:
+        every_caption = torch.arange(batch, device=valid_tokens.device)
+        every_position = torch.arange(length, device=valid_tokens.device).expand(batch, length)
+        size = max(1, int(settings.chunk_bytes // (itemsize * _workspace(length, shape, images))))
+        slices = [slice(start, start + size) for start in range(0, batch, size)]
+        whole = (every_caption, every_position, valid_tokens, numbers)
+        return Groups([Group(*(each[part] for each in whole)) for part in slices], every_caption[:0])
+    numbers, captions = numbers.sort()
+    positions = valid_tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    groups, start = [], batch
+    bounds = (settings.chunk_bytes, settings.padding)
+    for part, longest in caption_slices(numbers.tolist(), shape, itemsize, *bounds, images):
+        valid = torch.arange(longest, device=numbers.device) < numbers[part, None]
+        groups.append(Group(captions[part], positions[captions[part], :longest], valid, numbers[part]))
+        start = part.start
+    return Groups(groups, captions[:start])
 
 
 def caption_slices(
-    numbers: list[int], patches: int, dim: int, itemsize: int, settings: Settings, images: int = 1
+    numbers: list[int], shape: Sequence[int], itemsize: int, chunk_bytes: float, padding: float, images: int = 1
 ) -> Iterator[tuple[slice, int]]:
-    """Slices of the sorted captions and the longest caption of each; empty captions are in none."""
+    """Slices of captions sorted by their number of tokens, and the longest of each; empty captions are in none."""
     stop = len(numbers)
     while stop and numbers[stop - 1]:
         longest = tokens = numbers[stop - 1]
         start = stop - 1
-        # The peak: patches and their gradient, twelve [N, D], six [N, P] and eight [N, N].
-        per_token = 12 * dim + 6 * patches + 8 * longest
-        # For each further image, two [N, D] and two [N, P] are kept: see image_contrast.py.
-        per_token += (images - 1) * 2 * (dim + patches)
-        per_caption = itemsize * (2 * patches * dim + longest * per_token)
+        per_caption = itemsize * _workspace(longest, shape, images)
         while start and numbers[start - 1]:
             tokens += numbers[start - 1]
             size = stop - start + 1
-            if size * per_caption > settings.chunk_bytes or size * longest > (1 + settings.padding) * tokens:
+            if size * per_caption > chunk_bytes or size * longest > (1 + padding) * tokens:
                 break
             start -= 1
         yield slice(start, stop), longest
         stop = start
+
+
+def _workspace(length: int, shape: Sequence[int], images: int) -> int:
+    """The numbers in memory for a caption of N = `length` tokens at the peak."""
+    _, patches, dim = shape
+    # Patches and their gradient, twelve [N, D], six [N, P] and eight [N, N].
+    per_token = 12 * dim + 6 * patches + 8 * length
+    # For each further image, two [N, D] and two [N, P] are kept: see image_contrast.py.
+    per_token += (images - 1) * 2 * (dim + patches)
+    return 2 * patches * dim + length * per_token

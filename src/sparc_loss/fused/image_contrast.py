@@ -33,7 +33,7 @@ from sparc_loss._checks import check_features
 from sparc_loss.functional import Alignment, AlignmentSettings, Reduction, available_negatives
 from sparc_loss.fused.alignment import unit_and_norm, usable_patches_of, weights_and_gradient
 from sparc_loss.fused.function import Gradients, fused_loss
-from sparc_loss.fused.groups import Groups, Settings
+from sparc_loss.fused.groups import Settings, groups_of
 
 
 # As for the fine-grained loss, torch.compile breaks its graph here.
@@ -90,11 +90,11 @@ def _loss_and_gradients(
     contiguous = torch.contiguous_format
     grad_patches = torch.zeros_like(patch_features, dtype=dtype, memory_format=contiguous) if wanted[0] else None
     grad_tokens = torch.zeros_like(token_features, memory_format=contiguous) if wanted[1] else None
-    groups = Groups(valid_tokens, patch_features.shape, dtype.itemsize, settings, images)
+    groups, _ = groups_of(valid_tokens, patch_features.shape, dtype.itemsize, settings, images)
     batch = len(valid_tokens)
     share: Tensor | float
     if settings.alignment.reduction == "token":
-        share = 1 / (groups.numbers > 0).sum().clamp(min=1).to(dtype)
+        share = 1 / valid_tokens.any(dim=1).sum().clamp(min=1).to(dtype)
     else:
         share = 1 / max(batch, 1)
     if patch_mask is not None:
@@ -105,7 +105,8 @@ def _loss_and_gradients(
     with autocast_disabled(device):
         for group in groups:
             t = group.tokens(token_features, dtype)
-            tokens = _Tokens(t, *unit_and_norm(t), share=group.valid.to(dtype) / group.numbers[:, None])
+            number = group.numbers[:, None].clamp(min=1)
+            tokens = _Tokens(t, *unit_and_norm(t), share=group.valid.to(dtype) / number)
             others = (group.captions[:, None] + torch.arange(images, device=device)) % batch
             scored = []
             for k, image in enumerate(others.unbind(dim=1)):
@@ -119,13 +120,14 @@ def _loss_and_gradients(
             if patch_mask is not None:
                 logits.masked_fill_(~is_image[others], -torch.inf)
             log_sum = logits.logsumexp(dim=1)
-            loss += (log_sum - logits[:, 0]).sum() * share
+            is_caption = group.numbers > 0
+            loss += (log_sum - logits[:, 0]).where(is_caption, 0).sum() * share
             if not any(wanted):
                 continue
 
             grad_logits = (logits - log_sum[:, None]).exp_()
             grad_logits[:, 0] -= 1
-            grad_logits *= share * weight
+            grad_logits.masked_fill_(~is_caption[:, None], 0).mul_(share * weight)
             grad_scale += (grad_logits * scores).sum()
             by_score = rearrange(grad_logits * scale, "g images -> images g 1 1")
             if grad_tokens is not None:
