@@ -59,6 +59,19 @@ def test_value_and_gradient_are_those_of_the_cpu_in_float64(name: str, dtype: to
         assert (one.double().cpu() - other).norm() <= TOLERANCES[dtype] * other.norm()
 
 
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+@pytest.mark.parametrize("implementation", ["auto", "eager", "fused"])
+def test_the_host_does_not_wait_for_the_device(implementation: str, reduction: str):
+    outputs = {key: value.cuda() for key, value in random_outputs(batch=7, patches=49, length=20, dim=64).items()}
+    outputs["patch_mask"] = (torch.rand(7, 49) < 0.8).cuda()
+    loss = SparcLoss(implementation=implementation, reduction=reduction, image_negatives=2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value_and_gradients(loss, outputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 def test_a_surfaced_model_trains_under_autocast(precision: torch.dtype):
     model = surface_embeddings(open_clip.create_model("ViT-B-32", device="cuda"), open_clip.get_tokenizer("ViT-B-32"))

@@ -40,5 +40,6 @@ def l2_normalised(features: Tensor) -> Tensor:
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
     """A context without autocast; some devices, such as meta, have none."""
-    available = torch.amp.is_autocast_available(device.type)
+    # Not every torch can trace the question.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()

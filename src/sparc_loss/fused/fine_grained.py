@@ -81,7 +81,7 @@ def fine_grained_loss(
 
     The arguments are those of `functional.fine_grained_loss`, and two more. `chunk_bytes` bounds the workspace of one
     group of captions, or of one caption if that needs more. None is 8 MiB on a CPU, so that a group stays in the
-    cache, and 512 MiB elsewhere, where few large groups launch fewer kernels. `recompute` keeps only the inputs
+    cache, and 2 GiB elsewhere, where few large groups launch fewer kernels. `recompute` keeps only the inputs
     between forward and backward, for a third more multiplications.
 
     Raises:

@@ -51,11 +51,8 @@ class SparcLoss(Objective):
             fine-grained half.
         implementation: "eager" uses `sparc_loss.functional`, differentiable to any order and compiled without a graph
             break. "fused" uses `sparc_loss.fused`, cheaper, with first derivatives only and a graph break under
-            torch.compile. "auto" uses "fused" on the CPU, and on CUDA for the contrast with other images, whose eager
-            form needs much memory. It uses "eager" for the fine-grained loss on CUDA, because the host waits in the
-            fused one: in a ViT-B/16 step of 256 pairs on an H100, eager adds 3.4 % of time and fused 10 %. It also
-            uses "eager" on other devices, in torch.compile, torch.func and forward-mode differentiation. It logs each
-            choice once, at debug level.
+            torch.compile. "auto" uses "fused" on the CPU and on CUDA, and "eager" on other devices, in torch.compile,
+            torch.func and forward-mode differentiation. It logs each choice once, at debug level.
         diagnostics: with `output_dict=True`, also return the numbers of `sparc_loss.diagnostics`, which are not terms
             of the loss and have no gradient. Use it in a loop that sums only the keys ending in `_loss` and logs the
             others, such as that of open_clip 4.
@@ -122,7 +119,7 @@ class SparcLoss(Objective):
 
     def fine_grained_term(self, outputs: ModelOutputs) -> Tensor:
         """L_f of this rank's captions, scaled so that the mean over ranks is L_f of the whole batch."""
-        fuse = self._fuses(("cpu",), outputs)
+        fuse = self._fuses(outputs)
         function = fused.fine_grained_loss if fuse else functional.fine_grained_loss
         loss = function(**_local(outputs), logit_scale=outputs.logit_scale, **self._settings())
         if self.reduction == "token" and self.world_size > 1:
@@ -133,7 +130,7 @@ class SparcLoss(Objective):
         """{"image_contrastive_loss": ...}, weighted and scaled as the fine-grained term, if there are negatives."""
         if self.image_negatives == 0 or self.image_contrastive_weight == 0:
             return {}
-        fuse = self._fuses(("cpu", "cuda"), outputs)
+        fuse = self._fuses(outputs)
         function = fused.image_contrastive_loss if fuse else functional.image_contrastive_loss
         settings = {**self._settings(), "image_negatives": self.image_negatives}
         loss = function(**_local(outputs), logit_scale=outputs.logit_scale, **settings)
@@ -150,8 +147,8 @@ class SparcLoss(Objective):
     def _settings(self) -> dict[str, Any]:
         return {"threshold": self.threshold, "alignment": self.alignment, "reduction": self.reduction}
 
-    def _fuses(self, devices: tuple[str, ...], outputs: ModelOutputs) -> bool:
-        """Whether to use the fused form, where "auto" prefers it on these types of devices."""
+    def _fuses(self, outputs: ModelOutputs) -> bool:
+        """Whether to use the fused form."""
         if self.implementation != "auto":
             return self.implementation == "fused"
         if torch.compiler.is_compiling():
@@ -160,7 +157,7 @@ class SparcLoss(Objective):
         features = (outputs.patch_features, outputs.token_features, outputs.logit_scale)
         tensors = [each for each in features if isinstance(each, Tensor)]
         device = outputs.patch_features.device.type
-        choice = "fused" if device in devices and not fused.is_transformed(*tensors) else "eager"
+        choice = "fused" if device in ("cpu", "cuda") and not fused.is_transformed(*tensors) else "eager"
         if choice not in self._logged:
             self._logged.add(choice)
             _log_choice(choice, f"on {device}")
