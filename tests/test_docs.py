@@ -15,6 +15,8 @@ from open_clip.factory import get_model_config
 
 from sparc_loss.open_clip_versions import TESTED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 REPOSITORY = "https://github.com/sparc-loss/sparc-loss/blob/main/"

@@ -13,6 +13,8 @@ import pytest
 import torch
 from launching import SPARC, checkpoint, data_flags, logged_losses, run_python, train, write_tiny_data
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 EVERY_STEP = ("--log-every-n-steps", "1", "--lr-scheduler", "const")
 

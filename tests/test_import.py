@@ -9,6 +9,8 @@ import torch
 
 import sparc_loss
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_OPEN_CLIP = """
 import json, sys
 sys.modules["open_clip"] = None  # what `import open_clip` finds where it is not installed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launching import run_python
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 LAUNCH = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -17,6 +17,8 @@ from PIL import Image
 from sparc_loss import cli
 from sparc_loss.model_loading import add_model_flags, complete_from_run, load_model, why_not_loaded
 
+pytestmark = pytest.mark.slow
+
 # Each changes what the model gives, of images that are not square.
 SETTINGS = {
     "siglip": ("--siglip",),

@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 
 import sparc_loss
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

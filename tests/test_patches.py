@@ -14,7 +14,7 @@ from sparc_loss.open_clip_versions import TESTED
 
 PATCHES = Path(__file__).parent.parent / "patches"
 
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patch")
+pytestmark = [pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patch"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

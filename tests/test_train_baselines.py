@@ -6,6 +6,8 @@ import pytest
 from launching import checkpoint, checkpoint_path, logged_losses, train, write_tiny_data
 from loading import assert_loads_without_sparc_loss
 
+pytestmark = pytest.mark.slow
+
 LAUNCHER = ("-m", "sparc_loss.train", "--loss")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *LAUNCHER)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mypy import api
 
-pytestmark = pytest.mark.processes  # a minute of its own where nothing is cached
+pytestmark = pytest.mark.slow  # a minute of its own where nothing is cached
 
 USER_FILE = """
 from torch import Tensor, nn

@@ -19,6 +19,8 @@ from transformers import M2M100Config, ModernBertConfig, MT5Config, RobertaConfi
 from sparc_loss import restore, surface_embeddings
 from sparc_loss.embeddings.vision import patch_size
 
+pytestmark = pytest.mark.exhaustive
+
 # What the hub would answer, as wide as open_clip reckons with, but one layer and a small vocabulary: transformers
 # reads values off the attention mask, which the meta device has none of, so these text towers run on the CPU.
 ONE_LAYER = {"vocab_size": 64, "num_hidden_layers": 1}

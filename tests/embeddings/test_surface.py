@@ -75,69 +75,56 @@ def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 # What it returns
 
 
-def test_training_output_equals_the_unswapped_models_bit_for_bit(plain: nn.Module) -> None:
-    inputs = images_for(plain), captions()
-    expected = run(plain.train(), *inputs)
-    output = run(surfaced_copy(plain).train(), *inputs)
+def counting(calls: list[str], kind: str) -> Callable[..., None]:
+    return lambda *_: calls.append(kind)
+
+
+def pooled_loss(output: dict[str, Tensor]) -> Tensor:
+    return (output["image_features"] @ output["text_features"].T * output["logit_scale"]).diagonal().sum()
+
+
+def test_in_training_it_is_the_plain_model_bit_for_bit_with_three_more_outputs(plain: nn.Module) -> None:
+    images, texts = images_for(plain, number=3), captions(3)
+    surfaced = surfaced_copy(plain).train()
+    calls: list[str] = []
+    text_tower = surfaced if isinstance(surfaced, CLIP) else surfaced.text
+    for kind, tower, first in (("image", surfaced.visual, nn.Conv2d), ("text", text_tower, nn.Embedding)):
+        layer = next(module for module in tower.modules() if isinstance(module, first))
+        layer.register_forward_hook(counting(calls, kind))
+
+    expected, output = run(plain.train(), images, texts), run(surfaced, images, texts)
+    assert sorted(calls) == ["image", "text"]
     assert set(output) == set(expected) | EXTRA
     for name, value in expected.items():
         assert torch.equal(output[name], value), name
+    # Statistics of batches move as the plain model's.
+    for (name, value), buffer in zip(plain.named_buffers(), surfaced.buffers(), strict=True):
+        assert torch.equal(buffer, value), name
+    pooled_loss(expected).backward()
+    pooled_loss(output).backward()
+    for (name, value), parameter in zip(plain.named_parameters(), surfaced.named_parameters(), strict=True):
+        if value.grad is not None:
+            assert torch.equal(parameter[1].grad, value.grad), name
+
+    dim = output["image_features"].shape[-1]
+    height, width = surfaced.encode_patches(images)[1]
+    assert output["patch_features"].shape == (3, height * width, dim)
+    assert output["token_features"].shape == (3, texts.shape[1], dim)
+    assert (output["token_mask"].shape, output["token_mask"].dtype) == (texts.shape, torch.bool)
 
 
-def test_evaluation_output_is_the_unswapped_models(plain: nn.Module) -> None:
+def test_in_evaluation_and_in_a_checkpoint_it_is_the_plain_model(plain: nn.Module) -> None:
     inputs = images_for(plain), captions()
-    expected = run(plain.eval(), *inputs)
-    output = run(surfaced_copy(plain).eval(), *inputs)
+    surfaced = surfaced_copy(plain)
+    expected, output = run(plain.eval(), *inputs), run(surfaced.eval(), *inputs)
     assert set(output) == set(expected)
     for name, value in expected.items():
         assert torch.equal(output[name], value), name
-
-
-def test_gradients_through_the_pooled_features_equal_the_unswapped_models(plain: nn.Module) -> None:
-    inputs = images_for(plain), captions()
-    surfaced = surfaced_copy(plain)
-    for model in (plain, surfaced):
-        output = run(model.train(), *inputs)
-        (output["image_features"] @ output["text_features"].T * output["logit_scale"]).diagonal().sum().backward()
-    for (name, expected), parameter in zip(plain.named_parameters(), surfaced.parameters(), strict=True):
-        if expected.grad is not None:
-            assert torch.equal(parameter.grad, expected.grad), name
-
-
-def test_shapes_of_the_embeddings(plain: nn.Module) -> None:
-    images, texts = images_for(plain, number=3), captions(3)
-    output = run(surfaced_copy(plain).train(), images, texts)
-    dim = output["image_features"].shape[-1]
-    height, width = surface_embeddings(plain, ToyTokenizer()).encode_patches(images)[1]
-    assert output["patch_features"].shape == (3, height * width, dim)
-    assert output["token_features"].shape == (3, texts.shape[1], dim)
-    assert output["token_mask"].shape == texts.shape
-    assert output["token_mask"].dtype == torch.bool
-
-
-def test_the_encoders_run_once_per_step(plain: nn.Module) -> None:
-    surfaced = surfaced_copy(plain).train()
-    calls = {"image": 0, "text": 0}
-
-    def count(kind: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            calls[kind] += 1
-
-        return hook
-
-    text_tower = surfaced if isinstance(surfaced, CLIP) else surfaced.text
-    for kind, tower, first in (("image", surfaced.visual, nn.Conv2d), ("text", text_tower, nn.Embedding)):
-        next(module for module in tower.modules() if isinstance(module, first)).register_forward_hook(count(kind))
-    run(surfaced, images_for(surfaced), captions())
-    assert calls == {"image": 1, "text": 1}
-
-
-def test_statistics_of_batches_move_as_the_unswapped_models(plain: nn.Module) -> None:
-    surfaced = surfaced_copy(plain).train()
-    for model in (plain.train(), surfaced):
-        run(model, images_for(model), captions())
-    for (name, expected), buffer in zip(plain.named_buffers(), surfaced.buffers(), strict=True):
-        assert torch.equal(buffer, expected), name
+    assert list(surfaced.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in surfaced.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in surfaced.named_modules()] == [name for name, _ in plain.named_modules()]
+    plain.load_state_dict(surfaced.state_dict(), strict=True)
+    surfaced.load_state_dict(plain.state_dict(), strict=True)
 
 
 # Parameters that serve the pooled feature alone.
@@ -151,26 +138,23 @@ POOLING_ONLY = (
 )
 
 
-def test_gradients_reach_every_parameter_that_patches_and_tokens_use(plain: nn.Module) -> None:
-    surfaced = surfaced_copy(plain).train()
-    output = run(surfaced, images_for(plain), captions())
-    (output["patch_features"].square().sum() + output["token_features"].square().sum()).backward()
-    without = {name for name, parameter in surfaced.named_parameters() if parameter.grad is None}
-    assert all(re.fullmatch("|".join(POOLING_ONLY), name) for name in without), without
-    finite = (parameter.grad.isfinite().all() for parameter in surfaced.parameters() if parameter.grad is not None)
-    assert all(finite)
-
-
-def test_every_parameter_that_trains_in_clip_trains_under_sparc(plain: nn.Module) -> None:
+def test_every_parameter_that_trains_in_clip_trains_under_sparc_and_patches_and_tokens_reach_theirs(
+    plain: nn.Module,
+) -> None:
     inputs = images_for(plain), captions(3)[1:]
     surfaced = surfaced_copy(plain).train()
     global_loss = CoCaLoss(caption_loss_weight=1, clip_loss_weight=1) if isinstance(plain, CoCa) else None
     output = run(surfaced, *inputs)
+    local = output["patch_features"].square().sum() + output["token_features"].square().sum()
+    used = torch.autograd.grad(local, list(surfaced.parameters()), retain_graph=True, allow_unused=True)
+    without = [name for (name, _), gradient in zip(surfaced.named_parameters(), used, strict=True) if gradient is None]
+    assert all(re.fullmatch("|".join(POOLING_ONLY), name) for name in without), without
+    assert all(gradient.isfinite().all() for gradient in used if gradient is not None)
+
     if isinstance(plain, CoCa) and "labels" not in output:  # open_clip 4, whose CoCaTask adds them
         output |= {"logits": output["logits"][:, :-1], "labels": inputs[1][:, 1:]}
     SparcLoss(global_loss=global_loss)(**output).backward()
-    output = run(plain.train(), *inputs)
-    sum(value.sum() for value in output.values()).backward()
+    sum(value.sum() for value in run(plain.train(), *inputs).values()).backward()
     for (name, ours), clips in zip(surfaced.named_parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None) == (clips.grad is None), name
 
@@ -264,19 +248,6 @@ def test_it_is_the_same_object_and_still_an_open_clip_model() -> None:
         assert isinstance(model, open_clip_class)
 
 
-def test_state_dict_and_parameters_are_unchanged(plain: nn.Module) -> None:
-    surfaced = surfaced_copy(plain)
-    assert list(surfaced.state_dict()) == list(plain.state_dict())
-    assert [name for name, _ in surfaced.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert [name for name, _ in surfaced.named_modules()] == [name for name, _ in plain.named_modules()]
-
-
-def test_checkpoints_load_strictly_both_ways(plain: nn.Module) -> None:
-    surfaced = surfaced_copy(plain)
-    plain.load_state_dict(surfaced.state_dict(), strict=True)
-    surfaced.load_state_dict(plain.state_dict(), strict=True)
-
-
 def test_surfacing_twice_takes_the_new_tokens_and_nothing_else() -> None:
     model = surface_embeddings(clip(), ToyTokenizer())
     swapped = type(model)
@@ -330,6 +301,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles(name: str) -> None:
     torch.compiler.reset()
@@ -341,23 +313,18 @@ def test_compiles(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
-def test_gradient_checkpointing_changes_nothing(plain: nn.Module) -> None:
+def test_autocast_and_gradient_checkpointing_change_nothing(plain: nn.Module) -> None:
     surfaced = surfaced_copy(plain).train()
     inputs = images_for(plain), captions()
-    expected = run(surfaced, *inputs)
-    surfaced.set_grad_checkpointing()
-    output = run(surfaced, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = run(plain.train(), *inputs)
+        expected = run(surfaced, *inputs)
+        surfaced.set_grad_checkpointing()
+        output = run(surfaced, *inputs)
+    for name, value in pooled.items():
+        assert torch.equal(expected[name], value), name
     for name, value in expected.items():
         torch.testing.assert_close(output[name], value)
-
-
-def test_autocast_keeps_pooled_features_bit_for_bit(plain: nn.Module) -> None:
-    inputs = images_for(plain), captions()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = run(plain.train(), *inputs)
-        output = run(surfaced_copy(plain).train(), *inputs)
-    for name, value in expected.items():
-        assert torch.equal(output[name], value), name
 
 
 # What is refused

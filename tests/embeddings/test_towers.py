@@ -61,6 +61,7 @@ def test_a_compiled_tower_is_used():
     assert_close(found["patch_features"], expected["patch_features"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7"), reason="FSDP2 on the CPU needs a torch newer than 2.6"
 )

@@ -90,6 +90,7 @@ def refusal(capsys, *arguments):
     return line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ours_as_a_real_process(folder):
     output = folder / "out.json"
     checkpoint = trained(folder, "sparc", SPARC)
@@ -109,6 +110,7 @@ def test_a_checkpoint_of_ours_as_a_real_process(folder):
     assert (record["images"], record["captions"], record["pretrained"]) == (8, 8, str(checkpoint))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_plain_open_clip(figures, folder):
     plain = trained(folder, "clip", STOCK)
     measures, _ = figures(model=f"local-dir:{folder / 'model'}", pretrained=plain, **every_measure(folder))
@@ -274,6 +276,7 @@ def test_flags_that_make_no_sense_are_refused(folder, weights, capsys, flag, val
 FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
 
 
+@pytest.mark.slow
 def test_images_take_no_file_descriptor_each(folder, weights, tmp_path):
     lines = ["filepath,title"]
     for number in range(520):
@@ -286,6 +289,7 @@ def test_images_take_no_file_descriptor_each(folder, weights, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["images"] == 520
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
@@ -320,6 +324,7 @@ def test_a_prompt_without_its_one_place_for_the_class_is_refused(folder, capsys,
     assert f"has the prompt {prompt!r}; expected one {{}} in each line, for the class" in line
 
 
+@pytest.mark.slow
 def test_without_open_clip_the_error_names_the_install_command(folder):
     script = "import sys; sys.modules.update(dict.fromkeys(['open_clip', 'PIL', 'numpy', 'tqdm'])); " + SCRIPT
     finished = run_python("-c", script, "evaluate", *flags(folder))

@@ -319,6 +319,7 @@ def test_the_probe_swaps_unlike_images_of_a_sorted_file(tmp_path):
     assert dependence.shuffled_gap.loss > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_refused_by_name(data, tmp_path, workers):
     broken = tmp_path / "broken.png"
@@ -431,6 +432,7 @@ def test_a_batch_is_sent_in_two_tensors_or_in_one_where_both_readings_are_the_sa
         assert batch.sizes == ((48, 96), (48, 96))
 
 
+@pytest.mark.slow
 def test_workers_do_not_show(data, measured):
     options = Options(
         templates=["a {}", "{}"], background_threshold=0.5, nouns_and_adjectives=set(COLOURS), batch_size=2, workers=2
@@ -440,6 +442,7 @@ def test_workers_do_not_show(data, measured):
     assert dependence == measured[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_any_kind_in_reading_names_the_image(bare, monkeypatch, workers):
     def fail(image):
@@ -451,6 +454,7 @@ def test_an_error_of_any_kind_in_reading_names_the_image(bare, monkeypatch, work
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_sent_ends_the_wait(bare, monkeypatch):
     def refuse(tensor):
         raise RuntimeError("unable to open shared memory object: Too many open files (24)")
@@ -460,6 +464,7 @@ def test_a_batch_that_cannot_be_sent_ends_the_wait(bare, monkeypatch):
         evaluate(ColourModel(), ColourTokenizer(), bare, Options(workers=1))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_the_model_runs_is_one_error(bare):
     class Deadly(ColourModel):
         def encode_image(self, images, normalize):
@@ -470,6 +475,7 @@ def test_a_worker_that_dies_while_the_model_runs_is_one_error(bare):
         evaluate(Deadly(), ColourTokenizer(), bare, Options(workers=1, batch_size=1))
 
 
+@pytest.mark.slow
 def test_errors_of_the_model_are_its_own(bare):
     class Broken(ColourModel):
         def encode_image(self, images, normalize):

@@ -179,7 +179,7 @@ def test_a_single_image_cannot_be_shuffled():
 
 
 def test_a_batch_without_a_word_is_refused():
-    with pytest.raises(ValueError, match="token_mask is False everywhere; expected a token that counts"):
+    with pytest.raises(ValueError, match="token_mask is False everywhere; expected a valid token"):
         image_dependence(torch.randn(4, 5, 8), torch.randn(4, 3, 8), ~MASK, SCALE)
 
 

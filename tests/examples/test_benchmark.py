@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow
+
 WHOLE = (256, 196, 77, 512)
 
 

@@ -1,7 +1,10 @@
 import re
 from pathlib import Path
 
+import pytest
 from launching import run_python
+
+pytestmark = pytest.mark.slow
 
 LOOP = Path(__file__).parents[2] / "examples" / "custom_loop.py"
 

@@ -188,6 +188,7 @@ class TestDataset:
         with pytest.raises(FileNotFoundError):
             read_annotations(data, "train")
 
+    @pytest.mark.slow
     def test_does_not_depend_on_the_number_of_processes(self, data, tmp_path, monkeypatch):
         monkeypatch.setattr(dataset, "_CHUNK", 8)
         other = write_dataset(tmp_path / "scenes", SIZES, workers=2)
@@ -277,6 +278,7 @@ class TestEvaluationCsv:
 
 @pytest.mark.skipif(open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on")
 class TestModel:
+    @pytest.mark.slow
     def test_open_clip_takes_the_folder_offline(self, model_folder):
         code = (
             "import open_clip, sys; open_clip.create_model_and_transforms(sys.argv[1]);"

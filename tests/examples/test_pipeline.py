@@ -7,7 +7,10 @@ import open_clip
 import pytest
 from launching import run_python
 
-pytestmark = pytest.mark.skipif(open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on"),
+]
 
 MEASURES = {
     "image_to_text_recall",

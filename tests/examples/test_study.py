@@ -33,6 +33,8 @@ from examples.study.report import markdown_tables, write_report
 from examples.study.training import Folders, _training_images, execute, make_loss
 from sparc_loss import functional
 
+pytestmark = pytest.mark.slow
+
 needs_tokenizer = pytest.mark.skipif(
     open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on"
 )

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from examples.study.plan import LEARNING_RATES, SIZES, Run
 from examples.study.training import train
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 SIZE = replace(SIZES["tiny"], scratch_steps=STEPS, batch_size=3, warmup=4)
 # Ten pairs: image i has the value i, and text i is the token i.

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 from toy_baselines import baseline_step, step_every_way
 from toy_training import LENGTHS
 
+pytestmark = pytest.mark.slow
+
 WORLD_SIZE = 2
 OPTIONS = {
     "FilipLoss": {"token_dropping": 0.0, "global_weight": 0.5},

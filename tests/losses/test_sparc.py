@@ -377,6 +377,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", COMPILED, ids=str)
 def test_compiles_without_a_graph_break(outputs: dict[str, Tensor], options: dict) -> None:
     torch.compiler.reset()
@@ -385,6 +386,7 @@ def test_compiles_without_a_graph_break(outputs: dict[str, Tensor], options: dic
     assert_close(compiled(**outputs), loss(**outputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("options", COMPILED, ids=str)
 def test_other_batch_sizes_compile_without_a_graph_break(options: dict, dynamic: bool | None) -> None:

@@ -12,6 +12,8 @@ from toy_training import LENGTHS, LinearModel, Setting, train_every_way, train_s
 
 from sparc_loss.functional import image_contrastive_loss
 
+pytestmark = pytest.mark.slow
+
 # SigLipLoss knows no local_loss.
 LOSSES = [("ClipLoss", False), ("ClipLoss", True), ("SigLipLoss", False)]
 SETTINGS = {

@@ -64,6 +64,7 @@ def test_a_call_of_any_plugin_that_fails_leaves_the_epoch_to_be_trained(monkeypa
     assert f"The plug-in's {name} failed; training goes on" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_fails_after_an_epoch_is_a_warning_and_every_checkpoint_is_written(folder):
     flags = ("--loss", "sparc", "--val-data", str(folder / "val.csv"))
     every = ("--sparc-probe-every", "1", "--sparc-show-every", "1")

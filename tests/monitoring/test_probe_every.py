@@ -35,6 +35,7 @@ def lines(tmp_path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_bit_for_bit(folder):
     val = ("--val-data", str(folder / "val.csv"), "--seed", "3")
     train(folder, *val, name="without", epochs=2)
@@ -102,6 +103,7 @@ def test_it_measures_and_draws_in_the_precision_of_the_training(args, folder, pr
     assert draw_validation_pairs(model, args) is not None
 
 
+@pytest.mark.slow
 def test_a_training_in_bfloat16_measures_and_draws(folder):
     flags = ("--precision", "bf16", "--val-data", str(folder / "val.csv"))
     log = train(folder, *flags, "--sparc-probe-every", "1", "--sparc-show-every", "1", name="bf16")

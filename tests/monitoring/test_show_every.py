@@ -36,6 +36,7 @@ def captions_of(pairs: list) -> list[str]:
     return [caption for _, caption in pairs]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_bit_for_bit(folder):
     val = ("--val-data", str(folder / "val.csv"), "--seed", "3")
     train(folder, *val, name="without", epochs=2)
@@ -82,6 +83,7 @@ def as_ddp_has_it(model: torch.nn.Module) -> torch.nn.Module:
     return wrapper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [as_ddp_has_it, torch.compile, lambda model: torch.compile(as_ddp_has_it(model))])
 def test_a_wrapped_or_compiled_model_is_seen_through(model, args, tmp_path, wrap):
     show_every.show_validation_pairs(wrap(model), DATA, 1, args, None)

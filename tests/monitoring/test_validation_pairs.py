@@ -59,6 +59,7 @@ def test_every_image_of_a_webdataset_comes_once_with_its_first_caption(args, tmp
     assert [caption for _, caption in validation_pairs(args, 4)] == ["caption 0", "caption 2", "caption 4"]
 
 
+@pytest.mark.slow
 def test_many_images_need_few_open_files(tmp_path):
     finished = run_python("-c", MANY, write_pairs(tmp_path, images=200, captions=1))
     assert finished.returncode == 0, finished.stdout

@@ -46,6 +46,7 @@ def arguments(folder, *more: str, output: str, model: str = "model", image: str 
     ]
 
 
+@pytest.mark.slow
 def test_a_training_checkpoint_becomes_a_picture(folder):
     finished = run_python(
         *SHOW, *arguments(folder, output="words.png", model="bare"), "--pretrained", str(folder / "epoch_1.pt")
@@ -74,6 +75,7 @@ def test_the_options_reach_the_weights(folder):
     np.testing.assert_allclose(data["weights"], pair.weights.flatten(1), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_locale_need_not_be_utf_8(folder):
     """The page's parts are read, and the page is written, in UTF-8."""
     argv = ["show", str(folder / "dog.png"), "süß!", *arguments(folder, output="locale.html")[2:]]
@@ -116,6 +118,7 @@ def test_what_cannot_be_shown_is_one_error(folder, capsys, change, message):
     assert not (folder / "never.png").exists()
 
 
+@pytest.mark.slow
 def test_an_empty_caption_is_one_error_of_a_process(folder):
     argv = arguments(folder, output="never.png")
     argv[1] = " "

@@ -16,6 +16,8 @@ from aligned_pairs import WEIGHTS, pair
 
 from sparc_loss.show import alignment_page
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 HOSTILE = '<script>document.title = "broken"</script> & "dog"'
 HOSTILE_WORDS = ('<script>document.title = "broken"</script>', "&", '"dog"')
