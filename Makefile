@@ -42,7 +42,7 @@ study: $(STAMP)
 	$(BIN)/python -m examples.study
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto -m "not slow and not exhaustive"
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow and not exhaustive" --hypothesis-profile quick
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto -m "not exhaustive"

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sparc_loss.functional import fine_grained_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_random_cases_equal_the_slow_reference_in_every_dtype(name: str) -> None:

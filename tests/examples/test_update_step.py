@@ -13,6 +13,8 @@ from examples import update_step
 from examples.benchmark import allocated_bytes, count_flops, fused_loss, make_batch
 from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss, all_pairs
 
+pytestmark = pytest.mark.slow
+
 
 def test_sparc_costs_at_most_half_a_percent_of_a_clip_step() -> None:
     *rows, model = update_step.update_steps()

@@ -18,6 +18,8 @@ from sparc_loss.monitoring.show_every import draw_validation_pairs
 from sparc_loss.monitoring.validation_pairs import validation_pairs
 from sparc_loss.plugins.sparc import SPARC
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def args(args):

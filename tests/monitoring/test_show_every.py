@@ -22,6 +22,8 @@ from sparc_loss.monitoring.validation_pairs import validation_pairs
 from sparc_loss.plugins.sparc import SPARC
 from sparc_loss.show import align, draw
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def args(args):
