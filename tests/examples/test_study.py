@@ -2,8 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -286,28 +285,3 @@ def test_the_gpu_size_without_a_gpu_is_one_error(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="--size gpu needs a GPU that torch can use; none is found"):
         study.main(["--size", "gpu", "--output", str(tmp_path / "study")])
     assert not (tmp_path / "study").exists()
-
-
-COMMITTED = Path(study.__file__).parent / "results"
-
-
-@pytest.mark.parametrize("plan", PLANS)
-class TestCommittedResults:
-    def test_are_of_every_row_and_seed_of_the_plan(self, plan):
-        record = json.loads((COMMITTED / plan / "study.json").read_text(encoding="utf-8"))
-        found = [(run["variant"], run["start"], run["pooling"], run["seed"]) for run in record["runs"]]
-        expected = [(run.variant, run.start, run.pooling, run.seed) for run in final_runs(CHOSEN, plan)]
-        assert sorted(found) == sorted(expected)
-        assert record["size"] == asdict(SIZES["cpu"])
-
-    def test_tables_are_those_of_the_runs_and_stand_in_the_docs(self, plan):
-        record = json.loads((COMMITTED / plan / "study.json").read_text(encoding="utf-8"))
-        results = {
-            Run(run["variant"], run["start"], run["pooling"], run["seed"], family=""): run for run in record["runs"]
-        }
-        tables = (COMMITTED / plan / "tables.md").read_text(encoding="utf-8")
-        assert markdown_tables(results) == tables
-        assert tables.strip() in (COMMITTED.parents[2] / "docs" / "study.md").read_text(encoding="utf-8")
-
-    def test_a_plot_for_each_measure_is_there(self, plan):
-        assert {path.stem for path in (COMMITTED / plan).glob("*.png")} == set(MEASURES)

@@ -129,10 +129,12 @@ def word_positions(tokenizer: Any, caption: str) -> list[list[int]]:
 
 def _clean_of(tokenizer: Any) -> Callable[[str], str]:
     """The tokenizer's own cleaning of a text."""
-    if type(tokenizer).__name__ == "SigLipTokenizer":  # it has no clean_fn and always uses this one
+    if hasattr(tokenizer, "clean_fn"):
+        clean: Callable[[str], str] = tokenizer.clean_fn
+        return clean
+    if hf_tokenizer_of(tokenizer) is not None:  # SigLipTokenizer has no clean_fn and always uses this one
         return lambda text: str(canonicalize_text(basic_clean(text)))
-    clean: Callable[[str], str] = getattr(tokenizer, "clean_fn", lambda text: " ".join(text.split()))
-    return clean
+    return lambda text: " ".join(text.split())
 
 
 def _pieces(caption: str, tokenizer: Any) -> tuple[str, list[_Piece]]:
