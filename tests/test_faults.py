@@ -75,12 +75,6 @@ def test_a_checkpoint_cut_short_is_refused_and_the_one_before_can_be_resumed(fol
     assert "resuming checkpoint" in train(folder, "--resume", "latest", name="cut", epochs=2)
 
 
-def test_a_checkpoint_that_is_not_there_is_refused(folder: Path) -> None:
-    line = refusal(folder, "nowhere", "--resume", "not/there.pt")
-    assert "argument --resume: there is no file 'not/there.pt'; expected a checkpoint, or latest" in line
-    assert not (folder / "logs" / "nowhere").exists()
-
-
 def test_a_full_disk_ends_the_run_and_the_half_checkpoint_is_not_taken_for_one(folder: Path) -> None:
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
@@ -114,10 +108,3 @@ def test_empty_captions_are_warned_of_and_train(folder: Path) -> None:
     assert "warning: 2 of 32 captions in" in log
     assert "are read as the word 'nan': pandas takes '' for missing values; the first is in line 2" in log
     assert all(torch.isfinite(torch.tensor(logged_losses(log, "Fine_grained_loss"))))
-
-
-def test_a_column_that_is_not_there_is_refused_with_those_that_are(folder: Path) -> None:
-    line = refusal(folder, "columns", "--csv-caption-key", "caption")
-    assert "argument --csv-caption-key:" in line
-    assert "has no column 'caption'; expected one of 'filepath', 'title' (columns are separated by '\\t'" in line
-    assert not (folder / "logs" / "columns").exists()

@@ -91,6 +91,10 @@ REFUSED = {
         ("--loss", "sparc", "--train-data", "not/there.csv"),
         "argument --train-data: there is no file 'not/there.csv'; expected a CSV file",
     ),
+    "a column that is not there": (
+        ("--loss", "sparc", "--csv-caption-key", "caption"),
+        "has no column 'caption'; expected one of 'filepath', 'title' (columns are separated by '\\t'",
+    ),
     "an unknown loss": (
         ("--loss", "sprac"),
         "argument --loss: unknown loss 'sprac'; known: clip, filip, gloria, mgca, pacl, sparc; did you mean 'sparc'?",

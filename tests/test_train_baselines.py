@@ -30,8 +30,8 @@ def assert_logged(log: str, *terms: str) -> None:
     ("name", "flags"),
     [
         ("filip", ("--filip-global-weight", "0.5", "--val-data", "{folder}/val.csv")),
-        ("pacl", ("--precision", "amp_bf16", "--pacl-global-weight", "1")),
-        ("gloria", ("--accum-freq", "2")),
+        pytest.param("pacl", ("--precision", "amp_bf16", "--pacl-global-weight", "1"), marks=pytest.mark.exhaustive),
+        pytest.param("gloria", ("--accum-freq", "2"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_trains(folder, name, flags):
@@ -53,6 +53,7 @@ def test_mgca_trains_its_heads_resumes_with_them_and_loads_in_plain_open_clip(fo
     assert_loads_without_sparc_loss(checkpoint_path(folder, "mgca", 2), folder / "tiny.json")
 
 
+@pytest.mark.exhaustive
 def test_mgca_trains_on_two_gloo_ranks(folder):
     log = train(folder, name="mgca-two-ranks", launcher=(*TORCHRUN, "mgca"))
     assert_logged(log, "Contrastive_loss", "Fine_grained_loss", "Prototype_loss")

@@ -387,7 +387,7 @@ def test_compiles_without_a_graph_break(outputs: dict[str, Tensor], options: dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("options", COMPILED, ids=str)
 def test_other_batch_sizes_compile_without_a_graph_break(options: dict, dynamic: bool | None) -> None:
     """With dynamic=None the second size makes the shapes dynamic."""

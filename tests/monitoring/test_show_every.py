@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import random
 import sys
 import tarfile
@@ -42,7 +43,7 @@ def captions_of(pairs: list) -> list[str]:
 def test_training_is_the_same_bit_for_bit(folder):
     val = ("--val-data", str(folder / "val.csv"), "--seed", "3")
     train(folder, *val, name="without", epochs=2)
-    log = train(folder, *val, "--sparc-show-every", "1", name="with", epochs=2)
+    log = train(folder, *val, "--sparc-show-every", "1", "--sparc-probe-every", "1", name="with", epochs=2)
     without, shown = (checkpoint(folder, name, 2)["state_dict"] for name in ("without", "with"))
     assert [name for name in without if not torch.equal(without[name], shown[name])] == []
     pictures = sorted((folder / "logs" / "with" / "words").iterdir())
@@ -50,6 +51,9 @@ def test_training_is_the_same_bit_for_bit(folder):
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
     assert f"What words select: {pictures[1]}" in log
     assert not (folder / "logs" / "without" / "words").exists()
+    measured = (folder / "logs" / "with" / "image_dependence.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["epoch"] for line in measured] == [1, 2]
+    assert log.count("Image dependence after epoch ") == 2
 
 
 @pytest.mark.parametrize(("threshold", "alignment"), [(0.9, "sparse"), (None, "softmax")])
