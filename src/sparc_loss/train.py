@@ -4,6 +4,7 @@ With several processes: `torchrun --nproc_per_node 8 -- -m sparc_loss.train --lo
 """
 
 import logging
+import math
 import pickle
 import sys
 import zipfile
@@ -185,9 +186,8 @@ def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) ->
 
 def _check_steps(parser: ArgumentParser, args: Namespace, pairs: int, world_size: int) -> None:
     """Reject an epoch without a step: open_clip would save a model that was not trained."""
-    of_a_process = -(
-        -pairs // world_size
-    )  # torch's DistributedSampler repeats pairs until each process has the same number
+    # torch's DistributedSampler repeats pairs until each process has the same number.
+    of_a_process = math.ceil(pairs / world_size)
     if of_a_process // args.batch_size // args.accum_freq == 0:
         needed = " x ".join(
             f"{flag} {number}"

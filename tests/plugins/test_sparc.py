@@ -9,6 +9,7 @@ import pytest
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 
 from sparc_loss import SparcLoss
+from sparc_loss.plugins.checks import check_accumulation
 from sparc_loss.plugins.sparc import SPARC
 
 
@@ -174,3 +175,9 @@ def test_the_fine_grained_terms_begin_with_the_epoch_that_sparc_start_names(epoc
 def test_without_the_launcher_sparc_start_is_refused(model):
     with pytest.raises(ValueError, match=r"--sparc-start is set; expected it off, or python -m sparc_loss.train"):
         SPARC.prepare_model(model, parse("--sparc-start", "2"))
+
+
+def test_accumulating_captions_of_variable_length_is_refused(model):
+    check_accumulation(model, Namespace(accum_freq=1, variable_text=True), "sparc")
+    with pytest.raises(ValueError, match="--accum-freq is 2 with captions of variable length; expected 1 with --loss"):
+        check_accumulation(model, Namespace(accum_freq=2, variable_text=True), "sparc")
