@@ -1,4 +1,4 @@
-"""Loading a checkpoint in plain open_clip, in the generation that runs the tests and in the one behind it."""
+"""Loading a checkpoint in plain open_clip, in the version that runs the tests and in the one behind it."""
 
 from pathlib import Path
 
@@ -9,19 +9,19 @@ from major_version import MAJOR_VERSION
 
 # Without this place on sys.path, a process finds the open_clip that is installed.
 CHECKOUT = str(Path(open_clip.__file__).parents[1])
-GENERATIONS = ("this", "installed") if MAJOR_VERSION == 4 else ("this",)
+VERSIONS = ("this", "installed") if MAJOR_VERSION == 4 else ("this",)
 
 
 def assert_loads_without_sparc_loss(
     path: Path,
     config: Path,
-    generations: tuple[str, ...] = GENERATIONS,
+    versions: tuple[str, ...] = VERSIONS,
     env: dict[str, str] | None = None,
     **options: object,
 ) -> None:
     """Every value of the checkpoint is in a plain model of `config` under its name; `options` are create_model's."""
-    for generation in generations:
-        leave_out = CHECKOUT if generation == "installed" else ""
+    for version in versions:
+        leave_out = CHECKOUT if version == "installed" else ""
         finished = run_python(
             "-c",
             "import sys\n"

@@ -1,4 +1,4 @@
-"""What of the tests belongs to one generation of open_clip alone."""
+"""What of the tests belongs to one major version of open_clip alone."""
 
 import open_clip
 import pytest

@@ -1,4 +1,4 @@
-"""The hooks: which names of open_clip are replaced, and that they come back; in every generation of it."""
+"""The hooks: which names of open_clip are replaced, and that they come back; in every major version of it."""
 
 from argparse import Namespace
 from types import SimpleNamespace

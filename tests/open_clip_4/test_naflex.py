@@ -251,7 +251,7 @@ def test_a_checkpoint_of_a_converted_tower_loads_in_this_open_clip_converting_it
     train(folder, *VARYING, name="converted", launcher=SPARC)
     conversion = {"force_naflex_vision": True}
     path = checkpoint_path(folder, "converted")
-    assert_loads_without_sparc_loss(path, folder / "tiny.json", generations=("this",), **conversion)
+    assert_loads_without_sparc_loss(path, folder / "tiny.json", versions=("this",), **conversion)
 
 
 @pytest.mark.parametrize("images", [(), VARYING], ids=["of one size", "of any size"])

@@ -1,4 +1,4 @@
-"""The same weights and the same batch give the same terms and gradients in both generations of open_clip."""
+"""The same weights and the same batch give the same terms and gradients in both major versions of open_clip."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CASES = ("sparc", "filip", "pacl", "gloria", "mgca", "sparc, siglip", "sparc, di
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """What one_step.py saves in each generation: of this process's open_clip, and of the one behind it."""
+    """What one_step.py saves in each major version: of this process's open_clip, and of the one behind it."""
     folder = tmp_path_factory.mktemp("steps")
     write_model(folder / "clip", MODEL_CONFIG)
     write_model(folder / "coca", COCA_CONFIG)
