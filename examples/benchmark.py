@@ -377,6 +377,7 @@ def draw(results: dict, path: Path) -> None:
     about = results["machine"]
     figure.suptitle(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}", fontsize="small")
     figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
