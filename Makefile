@@ -14,7 +14,7 @@ help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
 	@echo "make study   compare every objective on the same scenes; about 80 minutes on 2 cores, and it can be stopped"
 	@echo "make quick   run the tests that start no process and train nothing; about a minute"
-	@echo "make test    run every test that guards a behaviour of its own; about 8 minutes on 2 cores"
+	@echo "make test    run every test that guards a behaviour of its own; about 10 minutes on 2 cores"
 	@echo "make test-all  also the exhaustive ones: all 144 models, every golden case on every path"
 	@echo "make bench   measure what the fine-grained loss costs; minutes"
 	@echo "make fuzz    hold the loss against its slow reference in 20,000 random cases"
