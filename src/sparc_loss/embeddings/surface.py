@@ -13,6 +13,9 @@ from open_clip import CLIP, CoCa, CustomTextCLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparc_loss.embeddings.image_size import at_image_size
+from sparc_loss.embeddings.reading_names import Reading
+from sparc_loss.embeddings.readings import read_as
 from sparc_loss.embeddings.text import check_text_tower, forward_with_tokens, tower_with_tokens
 from sparc_loss.embeddings.token_mask import TokenConventions, Tokens, check_tokens, token_conventions
 from sparc_loss.embeddings.towers import SurfacedTower, restore_tower, surface_tower
@@ -78,13 +81,28 @@ class Surfaced:
             **({} if patch_mask is None else {"patch_mask": patch_mask}),
         }
 
-    def encode_patches(self, images: Images, normalize: bool = False) -> tuple[Tensor, tuple[int, int] | None]:
-        """Patch embeddings [B, P, D] of images [B, 3, H, W], row by row, and the grid's (height, width).
+    def encode_patches(
+        self, images: Images, normalize: bool = False, reading: Reading = "last"
+    ) -> tuple[Tensor, tuple[int, int] | None]:
+        """Patch embeddings, row by row, and the grid's height and width; in any mode.
 
-        In any mode. With patch dropout, in training mode, P is what is left of height * width, in the order drawn.
-        Of NaFlex patches, in the order given and padding among them, the grid is None.
+        Args:
+            images: [B, 3, H, W], also of another size than the model's, whose position embeddings are interpolated
+                then; or NaFlex patches (`sparc_loss.embeddings.vision.Images`).
+            normalize: to length 1.
+            reading: what the last block of a ViT gives (`sparc_loss.embeddings.readings`); training uses "last".
+
+        Returns:
+            [B, P, D]. With patch dropout, in training mode, P is what is left of height * width, in the order drawn.
+            The grid; None of NaFlex patches, which are in the order given and padding among them.
+
+        Raises:
+            ValueError: an unknown reading, or images of another size for a tower that takes one size only.
+            TypeError: a tower for which the reading has no meaning.
         """
-        _, patches, grid, _ = self.visual(images, with_embeddings=True)
+        size = None if isinstance(images, dict) else (images.shape[-2], images.shape[-1])
+        with at_image_size(self.visual, size), read_as(self.visual, reading):
+            _, patches, grid, _ = self.visual(images, with_embeddings=True)
         return F.normalize(patches, dim=-1) if normalize else patches, grid
 
     def encode_tokens(self, texts: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:

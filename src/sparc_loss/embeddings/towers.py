@@ -36,6 +36,12 @@ def restore_tower(tower: Any) -> None:
         tower.__class__ = tower.plain_class
 
 
+def tower_name(visual: Any) -> str:
+    """The name of a vision tower's class, or of its trunk's where it has one, before it was surfaced."""
+    trunk = getattr(visual, "trunk", visual)
+    return getattr(trunk, "plain_class", type(trunk)).__name__
+
+
 @functools.cache
 def _surfaced_class(plain: Any, forward_with_embeddings: Callable[..., tuple]) -> Any:
     def forward(self: nn.Module, *inputs: Any, with_embeddings: bool = False, **named: Any) -> Any:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparc_loss.embeddings.reading_names import Reading
+
 
 class Encoder:
     """Embeds texts and images with a model from `surface_embeddings`.
@@ -60,9 +62,10 @@ class Encoder:
         features: Tensor = self._run(self.model.encode_image, images.to(self.input_dtype), normalize=True)
         return features
 
-    def patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def patches(self, images: Tensor, reading: Reading = "last") -> tuple[Tensor, tuple[int, int]]:
         """Patch embeddings [B, P, D] of one batch, and the grid's height and width."""
-        patches, grid = self._run(self.model.encode_patches, images.to(self.input_dtype))
+        options = {} if reading == "last" else {"reading": reading}
+        patches, grid = self._run(self.model.encode_patches, images.to(self.input_dtype), **options)
         return patches, grid
 
     def classes(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
