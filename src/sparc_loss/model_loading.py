@@ -63,14 +63,19 @@ def add_model_flags(parser: ArgumentParser) -> None:
 def complete_from_run(prog: str, args: Namespace, further: tuple[str, ...] = ()) -> None:
     """Set arguments that are None to the values of the checkpoint's run, and print a warning if others differ.
 
+    QuickGELU has no parameter, so weights also load without it, and every figure is wrong. It is set where a tag's
+    weights want it; a checkpoint that was trained with another activation is refused.
+
     Args:
         prog: begins every line on stderr.
         args: of a parser with `add_model_flags`; changed in place.
         further: names of further arguments of the training, beyond MODEL_SETTINGS.
 
     Raises:
-        ValueError: neither the command nor a run names the model.
+        ValueError: neither the command nor a run names the model; a model whose activation is not the checkpoint's.
+        ImportError: without open_clip.
     """
+    insisted = args.force_quick_gelu is not None
     path = _params_file(args.pretrained)
     trained = _read_params(prog, path) if path is not None else {}
     for name in (*MODEL_SETTINGS, *further):
@@ -89,6 +94,7 @@ def complete_from_run(prog: str, args: Namespace, further: tuple[str, ...] = ())
         )
     if not args.model.startswith(("local-dir:", "hf-hub:")):
         args.model = args.model.replace("/", "-")  # ViT-B/32, as open_clip takes it
+        _settle_quick_gelu(prog, args, path, trained, insisted)
 
 
 def load_model(args: Namespace) -> "tuple[nn.Module, Callable[[Any], Tensor], Any]":
@@ -169,6 +175,53 @@ def why_not_loaded(path: str | Path | None, error: Exception) -> str:
         )
     reason = " ".join(str(error).split())
     return f"{type(error).__name__}: {reason if len(reason) <= 300 else reason[:297] + '...'}"
+
+
+def _settle_quick_gelu(prog: str, args: Namespace, path: Path | None, trained: dict[str, Any], insisted: bool) -> None:
+    import open_clip
+
+    if not args.pretrained or args.model not in open_clip.list_models():
+        return  # `load_model` refuses it
+    own = bool(args.force_quick_gelu) or _has_quick_gelu(args.model)
+    activation = "QuickGELU" if own else "GELU"
+    if not _is_file(args.pretrained):
+        tag = open_clip.get_pretrained_cfg(args.model, args.pretrained)
+        if tag and bool(tag.get("quick_gelu")) != own:
+            if own or insisted:
+                text = f"warning: the weights {args.pretrained!r} were not trained with {activation}, which is taken"
+            else:
+                args.force_quick_gelu = True
+                text = f"{args.model} has GELU, and the weights {args.pretrained!r} want QuickGELU, which is taken"
+            print(f"{prog}: {text}", file=sys.stderr)
+    elif path is None:
+        print(
+            f"{prog}: {args.pretrained} has no params.txt of its run: whether it was trained with QuickGELU, and with "
+            f"which image size and normalisation, cannot be known; those of {args.model} are taken",
+            file=sys.stderr,
+        )
+    elif trained.get("model"):
+        name = trained["model"].replace("/", "-")
+        trained_with = bool(trained.get("force_quick_gelu")) or _has_quick_gelu(name)
+        if trained_with != own and not insisted:
+            raise ValueError(
+                f"argument --model: {args.model} has {activation}, and {path} says that the checkpoint was trained "
+                f"as {name} with {'QuickGELU' if trained_with else 'GELU'}: every figure would be wrong; leave --model "
+                f"out, or give --{'no-' * (not own)}force-quick-gelu to insist"
+            )
+        tag = open_clip.get_pretrained_cfg(name, str(trained.get("pretrained")))
+        if tag and tag.get("quick_gelu") and not own and not insisted:
+            print(
+                f"{prog}: warning: the checkpoint was trained from {trained['pretrained']!r}, which has QuickGELU, as "
+                f"{name}; open_clip 2.29 and later trained it with GELU, which is taken; if an earlier one did, give "
+                "--force-quick-gelu",
+                file=sys.stderr,
+            )
+
+
+def _has_quick_gelu(model: str) -> bool:
+    import open_clip
+
+    return bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
 
 
 def _params_file(pretrained: str | None) -> Path | None:

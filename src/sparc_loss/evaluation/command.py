@@ -1,4 +1,4 @@
-"""`sparc-loss evaluate`: every measure that a CSV allows, of any open_clip model, as a table and as JSON."""
+"""`sparc-loss evaluate`: any open_clip model on a CSV or on published benchmarks, as a table and as JSON."""
 
 import json
 import logging
@@ -6,43 +6,29 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc_loss import __version__
 from sparc_loss._checks import check_number
+from sparc_loss.embeddings.reading_names import READINGS
 from sparc_loss.evaluation import dataset
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_data, read_lines
 from sparc_loss.evaluation.markdown import markdown_table
+from sparc_loss.evaluation.protocol import OFFERED, PROTOCOL_FIELDS
+from sparc_loss.evaluation.titles import TITLES
 from sparc_loss.functional import ALIGNMENTS
 from sparc_loss.model_loading import add_model_flags, complete_from_run, load_model
 
 if TYPE_CHECKING:
-    from sparc_loss.evaluation.evaluate import Measure
+    from sparc_loss.evaluation.evaluate import Measure, Options
     from sparc_loss.evaluation.image_dependence import ImageDependence
 
 PROG = "sparc-loss evaluate"
 LOSS_SETTINGS = ("sparc_threshold", "sparc_alignment", "sparc_fine_grained_scale", "sparc_tokens")
+PROTOCOLS = ("plain", "maskclip", "clearclip", "sclip")
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
-TITLES = {
-    "image_to_text_R@1": "retrieval R@1, image to text",
-    "image_to_text_R@5": "retrieval R@5, image to text",
-    "image_to_text_R@10": "retrieval R@10, image to text",
-    "text_to_image_R@1": "retrieval R@1, text to image",
-    "text_to_image_R@5": "retrieval R@5, text to image",
-    "text_to_image_R@10": "retrieval R@10, text to image",
-    "k_precision": "K-Precision",
-    "k_precision_of_nouns_and_adjectives": "K-Precision, nouns and adjectives",
-    "hard_negative_accuracy": "hard negatives",
-    "zero_shot_top1": "zero-shot classification, top 1",
-    "zero_shot_top5": "zero-shot classification, top 5",
-    "phrase_pointing": "pointing, phrases",
-    "phrase_tokens_pointing": "pointing, phrases as mean of tokens",
-    "word_pointing": "pointing, words of captions",
-    "mean_iou_of_objects": "mIoU, pixels of objects only",
-    "mean_iou": "mIoU, all pixels, no background",
-    "mean_iou_with_background": "mIoU with background",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,54 +39,106 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.list_suites:
+        from sparc_loss.evaluation.suites.table import list_of_suites
+
+        print(list_of_suites(), end="")
+        return 0
     try:
-        complete_from_run(PROG, args, LOSS_SETTINGS)
         _check(args)
-        classes = read_lines(args.classes) if args.classes else None
+        complete_from_run(PROG, args, LOSS_SETTINGS)
         templates = _templates(args.templates) if args.templates else None
-        nouns = {word.lower() for word in read_lines(args.nouns_and_adjectives)} if args.nouns_and_adjectives else None
-        data = read_data(
-            args.data,
-            classes,
-            separator=args.csv_separator,
-            image_key=args.csv_img_key,
-            caption_key=args.csv_caption_key,
-        )
-        import torch
-
-        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, _, tokenizer = load_model(args)
-        from sparc_loss.embeddings import surface_embeddings
-
-        surface_embeddings(model, tokenizer, tokens=args.sparc_tokens or "words")
-        from open_clip import get_input_dtype
-        from open_clip_train.precision import get_autocast
-
-        from sparc_loss.evaluation.evaluate import Options, evaluate
-
-        options = Options(
-            background_threshold=args.background_threshold,
-            nouns_and_adjectives=nouns,
-            threshold=args.sparc_threshold,
-            alignment=args.sparc_alignment or "sparse",
-            fine_grained_scale=args.sparc_fine_grained_scale,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            device=args.device,
-            input_dtype=get_input_dtype(args.precision) or torch.float32,
-            autocast=get_autocast(args.precision, device_type=torch.device(args.device).type),
-            **({"templates": templates} if templates else {}),
-        )
-        measures, dependence = evaluate(model, tokenizer, data, options)
+        (_evaluate_suites if args.suite else _evaluate_csv)(args, templates)
     except ImportError as error:
         parser.error(f"open_clip cannot be imported ({error}); pip install 'sparc-loss[train]'")
     except (TypeError, ValueError) as error:
         logging.debug("", exc_info=error)
         parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print(f"\n{PROG}: interrupted; {_what_is_kept(args)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _evaluate_csv(args: Namespace, templates: list[str] | None) -> None:
+    classes = read_lines(args.classes) if args.classes else None
+    data = read_data(
+        args.data,
+        classes,
+        separator=args.csv_separator,
+        image_key=args.csv_img_key,
+        caption_key=args.csv_caption_key,
+    )
+    model, tokenizer = _load(args)
+    from sparc_loss.embeddings.readings import check_reading
+    from sparc_loss.evaluation.evaluate import evaluate
+
+    options = _options(args, templates)
+    check_reading(model.visual, options.reading)
+    measures, dependence = evaluate(model, tokenizer, data, options)
     print(table(measures, dependence), end="")
     if args.output:
         write_json(Path(args.output), summary(args, data, measures, dependence))
-    return 0
+
+
+def _evaluate_suites(args: Namespace, templates: list[str] | None) -> None:
+    from sparc_loss.evaluation.suites.run import plan, read_known, run
+    from sparc_loss.evaluation.suites.table import figures_table
+
+    output = Path(args.output) if args.output else None
+    known = read_known(output)
+    tasks = plan(args, known, templates)
+
+    def keep(records: dict[str, Any]) -> None:
+        if output is not None:
+            write_json(output, {"sparc_loss": __version__, "suites": {**known, **records}})
+
+    records = known
+    if any(task.data for task in tasks):
+        model, tokenizer = _load(args)
+        records = run(tasks, known, model, tokenizer, _options(args, templates), keep)
+    print(figures_table({task.suite.name: records[task.suite.name] for task in tasks}), end="")
+
+
+def _load(args: Namespace) -> "tuple[Any, Any]":
+    """The model, surfaced, and its tokenizer."""
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, _, tokenizer = load_model(args)
+    from sparc_loss.embeddings import surface_embeddings
+
+    return surface_embeddings(model, tokenizer, tokens=args.sparc_tokens or "words"), tokenizer
+
+
+def _options(args: Namespace, templates: list[str] | None) -> "Options":
+    import torch
+    from open_clip import get_input_dtype
+    from open_clip_train.precision import get_autocast
+
+    from sparc_loss.evaluation.evaluate import Options
+
+    nouns = {word.lower() for word in read_lines(args.nouns_and_adjectives)} if args.nouns_and_adjectives else None
+    options = Options(
+        reading=args.reading or "last",
+        background_threshold=args.background_threshold,
+        nouns_and_adjectives=nouns,
+        threshold=args.sparc_threshold,
+        alignment=args.sparc_alignment or "sparse",
+        fine_grained_scale=args.sparc_fine_grained_scale,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device,
+        input_dtype=get_input_dtype(args.precision) or torch.float32,
+        autocast=get_autocast(args.precision, device_type=torch.device(args.device).type),
+    )
+    return options if templates is None else replace(options, templates=templates)
+
+
+def _what_is_kept(args: Namespace) -> str:
+    if args.suite and args.output:
+        return f"the figures of the suites done are in {args.output}, and the same command goes on from there"
+    return "nothing is kept" + (", as there is no --output" if args.suite else "")
 
 
 def table(measures: "Sequence[Measure]", dependence: "ImageDependence | None") -> str:
@@ -149,17 +187,28 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=PROG,
-        usage=f"{PROG} --model NAME [--pretrained TAG|FILE] --data FILE.csv [--output FILE.json] ...",
+        usage=f"{PROG} --model NAME [--pretrained TAG|FILE] (--data FILE.csv | --suite NAMES --data-root FOLDER) "
+        "[--output FILE.json] ...",
         allow_abbrev=False,
         formatter_class=RawDescriptionHelpFormatter,
-        description="Measure an open_clip model on a CSV: every measure that its columns allow.",
+        description="Measure an open_clip model on a CSV, every measure that its columns allow, or on published "
+        "benchmarks, beside the published figures.",
         epilog=dataset.__doc__,
     )
     add = parser.add_argument
     add_model_flags(parser)
-    add("--data", required=True, metavar="FILE.csv", help="see below")
-    add("--output", metavar="FILE.json", help="write the figures there")
-    add("--classes", metavar="FILE.txt", help="names of classes, one per line, for the columns mask and label")
+    add("--data", metavar="FILE.csv", help="see below")
+    add(
+        "--output",
+        metavar="FILE.json",
+        help="write the figures there; with --suite, after each suite, and the same command goes on from there",
+    )
+    add(
+        "--classes",
+        metavar="FILE.txt",
+        help="names of classes, one per line, for the columns mask and label; with --suite, in place of the "
+        "published names, where commas separate the names of one class",
+    )
     add(
         "--templates",
         metavar="FILE.txt",
@@ -169,13 +218,15 @@ def _parser() -> ArgumentParser:
         "--background-threshold",
         type=float,
         metavar="X",
-        help="also segment with background: pixels whose cosine with each class is below X",
+        help="also segment with background: pixels whose cosine with each class is below X; with --suite, whose "
+        "probability is below X",
     )
     add(
         "--nouns-and-adjectives",
         metavar="FILE.txt",
         help="words, one per line: also K-Precision of these alone",
     )
+    add("--reading", choices=READINGS, help="what a ViT's last block gives as patches (default: last)")
     add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--workers", type=int, default=4, metavar="N", help="processes that read images (default: %(default)s)")
     add("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
@@ -187,6 +238,7 @@ def _parser() -> ArgumentParser:
     )
     add("--csv-img-key", default="filepath", metavar="COLUMN", help="default: %(default)s")
     add("--csv-caption-key", default="title", metavar="COLUMN", help="default: %(default)s")
+    _add_suite_flags(parser)
     probe = parser.add_argument_group(
         "The fine-grained loss whose dependence on the image is measured",
         "Default: as in params.txt of the run, else:",
@@ -199,13 +251,40 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _add_suite_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "Published benchmarks", "The flags from --short-side on replace a part of the protocol of segmentation."
+    ).add_argument
+    add("--suite", metavar="NAMES", help="benchmarks, by commas, such as voc20,ade20k,coco")
+    add("--list-suites", action="store_true", help="print each benchmark's files, protocols and published figures")
+    add("--data-root", metavar="FOLDER", help="of the data sets, laid out as --list-suites prints")
+    add("--protocol", choices=PROTOCOLS, default="plain", help="of segmentation (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="measure the first N images only")
+    add("--skip-missing", action="store_true", help="leave out images that a list names and the folder lacks")
+    add("--short-side", type=int, metavar="N", help="resize images to this many pixels")
+    add("--window", type=int, metavar="N", help="pixels of a side of a window; 0 is the whole image")
+    add("--stride", type=int, metavar="N", help="pixels from one window to the next")
+    add("--logit-scale", type=float, metavar="X", help="factor of the cosines before the softmax over the names")
+    add("--minimal-area", type=float, metavar="X", help="take out classes with no larger share of an image's objects")
+    add("--classes-offered", choices=OFFERED, help="to each image: all classes, or those present in its mask")
+
+
 def _check(args: Namespace) -> None:
-    """Raise ValueError for numbers out of range and a place where nothing can be written."""
+    """Raise ValueError for flags that disagree, numbers out of range and a place where nothing can be written."""
     flags = vars(args)
+    if (args.data is None) == (args.suite is None):
+        found = "neither given" if args.data is None else "both given"
+        raise ValueError(f"arguments --data and --suite: {found}; expected --data FILE.csv or --suite NAMES")
+    if args.suite and not args.data_root:
+        raise ValueError("argument --data-root: not given; expected the folder of the data sets of --suite")
+    for name in ("data_root", "limit", *PROTOCOL_FIELDS):
+        if args.data and name not in ("reading", "background_threshold") and flags[name] is not None:
+            raise ValueError(f"argument --{name.replace('_', '-')}: given with --data; it is for --suite only")
     for name, minimum, maximum in (
         ("batch_size", 1, float("inf")),
         ("workers", 0, float("inf")),
         ("background_threshold", -1, 1),
+        ("limit", 1, float("inf")),
         ("sparc_threshold", 0, 1),
         ("sparc_fine_grained_scale", 0, float("inf")),
     ):

@@ -15,7 +15,7 @@ The file is read as open_clip's training reads it, by pandas: a caption such as 
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
 # Value in the tensors that `read_mask` returns; a mask of 8 bits has no such class.
 IGNORED = 255
+_NO_LABEL = -2
 
 COLUMNS = ("boxes", "mask", "label", "hard_negative")
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels of the file, right and bottom exclusive."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,28 @@ class NamedObject:
     """An object of a caption: what it is called, its box in pixels, the words of `caption.split()` that name it."""
 
     phrase: str
-    box: tuple[float, float, float, float]
+    box: Box
     words: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """What the values of a mask's pixels mean.
+
+    Attributes:
+        first: the value of the first class; those of the others follow.
+        background: whether the value before the first is background.
+        ignored: values of pixels that are left out of everything.
+    """
+
+    first: int = 1
+    background: bool = True
+    ignored: tuple[int, ...] = (IGNORED,)
 
 
 @dataclass
 class EvaluationData:
-    """N images and their M captions.
+    """N images and their M captions; M is 0 where only classes are measured.
 
     Attributes:
         images: N paths.
@@ -56,6 +75,11 @@ class EvaluationData:
         masks: N paths, or None.
         labels: the class of each image, or None.
         classes: the names of the C classes.
+        crops: the box of each image that is looked at, in pixels; None, or an empty list, is all of it.
+        groups: what the hard negative of each caption is about, for the mean over groups; None is in no group, and an
+            empty list is no groups.
+        mask_coding: of all masks.
+        notes: what was left out, one line each.
     """
 
     classes: list[str]
@@ -66,6 +90,47 @@ class EvaluationData:
     hard_negatives: list[str | None] = field(default_factory=list)
     masks: list[Path | None] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
+    crops: list[Box | None] = field(default_factory=list)
+    groups: list[str | None] = field(default_factory=list)
+    mask_coding: MaskCoding = MaskCoding()
+    notes: list[str] = field(default_factory=list)
+
+    def add_image(
+        self, image: Path, mask: Path | None = None, label: int | None = None, crop: Box | None = None
+    ) -> int:
+        """Add an image; returns its number."""
+        self.images.append(image)
+        self.masks.append(mask)
+        self.labels.append(label)
+        self.crops.append(crop)
+        return len(self.images) - 1
+
+    def add_caption(
+        self,
+        image: int,
+        caption: str,
+        objects: tuple[NamedObject, ...] = (),
+        hard_negative: str | None = None,
+        group: str | None = None,
+    ) -> None:
+        """Add a caption of an image."""
+        self.captions.append(caption)
+        self.image_index.append(image)
+        self.objects.append(objects)
+        self.hard_negatives.append(hard_negative)
+        self.groups.append(group)
+
+    def first(self, images: int) -> "EvaluationData":
+        """The first images alone, with their captions."""
+        kept = [caption for caption, image in enumerate(self.image_index) if image < images]
+        of_images: dict[str, Any] = {
+            name: getattr(self, name)[:images] for name in ("images", "masks", "labels", "crops")
+        }
+        of_captions: dict[str, Any] = {
+            name: [getattr(self, name)[caption] for caption in kept] if getattr(self, name) else []
+            for name in ("captions", "image_index", "objects", "hard_negatives", "groups")
+        }
+        return replace(self, **of_images, **of_captions)
 
     def captions_of(self) -> list[list[int]]:
         """The captions of each image."""
@@ -158,13 +223,36 @@ def read_image(path: Path) -> "Image.Image":
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 
-def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Tensor:
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image in pixels, without decoding it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_mask(
+    path: Path,
+    size: tuple[int, int],
+    num_classes: int,
+    coding: MaskCoding = MaskCoding(),
+) -> Tensor:
     """The classes of the pixels, int64 [H, W]: 0 to num_classes - 1, BACKGROUND or IGNORED.
 
     Args:
         path: of the PNG.
         size: height and width of its image.
         num_classes: C.
+        coding: what the values mean.
 
     Raises:
         DataError: it cannot be read, has another size or more than 8 bits, or a value that is not a class.
@@ -177,26 +265,28 @@ def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Tensor:
     values = np.asarray(picture).astype(np.int64)
     if values.shape != size:
         raise DataError(f"{path} is {list(values.shape)}, its image {list(size)}; expected the same height and width")
-    wrong = values[(values > num_classes) & (values != IGNORED)]
+    labels = np.full(256, _NO_LABEL)
+    labels[coding.first : coding.first + num_classes] = np.arange(num_classes)
+    if coding.background:
+        labels[coding.first - 1] = BACKGROUND
+    labels[list(coding.ignored)] = IGNORED
+    target = labels[values]
+    wrong = values[target == _NO_LABEL]
     if wrong.size:
-        raise DataError(
-            f"{path} has the value {wrong[0]}; expected 0 to {num_classes} (background, classes) or {IGNORED}"
-        )
-    target = torch.from_numpy(values)
-    return torch.where(target == IGNORED, IGNORED, torch.where(target == 0, BACKGROUND, target - 1))
+        first, last = coding.first - coding.background, coding.first + num_classes - 1
+        meaning = "background, classes" if coding.background else "classes"
+        ignored = " or ".join(map(str, coding.ignored))
+        raise DataError(f"{path} has the value {wrong[0]}; expected {first} to {last} ({meaning}) or {ignored}")
+    return torch.from_numpy(target)
 
 
 def _add(data: EvaluationData, row: dict[str, Any], known: dict[str, int], image: str, caption: str) -> None:
     if image not in known:
         known[image] = len(data.images)
-        data.images.append(_file(image))
-        data.masks.append(None)
-        data.labels.append(None)
+        data.add_image(_file(image))
     index = known[image]
-    data.captions.append(caption)
-    data.image_index.append(index)
-    data.hard_negatives.append(row.get("hard_negative") or None)
-    data.objects.append(_objects(row["boxes"], caption) if row.get("boxes") else ())
+    objects = _objects(row["boxes"], caption) if row.get("boxes") else ()
+    data.add_caption(index, caption, objects, row.get("hard_negative") or None)
     if row.get("mask"):
         data.masks[index] = _same(data.masks[index], _file(row["mask"]), "mask", image)
     if row.get("label"):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparc_loss.embeddings.reading_names import Reading
 from sparc_loss.embeddings.vision import patch_extent
 from sparc_loss.embeddings.words import word_positions
 from sparc_loss.evaluation.classification import top_k_accuracy
@@ -21,7 +22,7 @@ from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, re
 from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.evaluation.faithfulness import k_precision
 from sparc_loss.evaluation.hard_negatives import HARD_NEGATIVE_CHANCE, hard_negative_accuracy
-from sparc_loss.evaluation.image_batches import image_batches, unreadable
+from sparc_loss.evaluation.image_batches import image_batches, worker_errors
 from sparc_loss.evaluation.image_dependence import ImageDependence, image_dependence, mean_image_dependence
 from sparc_loss.evaluation.pointing import box_masks, pointing_game
 from sparc_loss.evaluation.retrieval import nearest_captions, recall_at_k, recall_chance
@@ -35,6 +36,11 @@ from sparc_loss.evaluation.segmentation import (
 )
 from sparc_loss.functional import Alignment, token_patch_similarity
 
+# Those of pooled features, then those of patches.
+_POOLED = ("retrieval", "faithfulness", "hard_negatives", "classification")
+_DENSE = ("pointing", "segmentation", "image_dependence")
+FAMILIES = (*_POOLED, *_DENSE)
+
 
 class Measure(NamedTuple):
     """One figure, in [0, 1].
@@ -43,14 +49,15 @@ class Measure(NamedTuple):
         name: such as "image_to_text_R@1".
         value: the score of the model.
         chance: the score of guessing.
-        ceiling: the best score that a grid of patches allows; 1 where the grid does not matter.
+        ceiling: the best score that a grid of patches allows; 1 where the grid does not matter; None where it is not
+            known, as with windows.
         count: number of images, captions, phrases, words or classes of which it is the mean.
     """
 
     name: str
     value: float
     chance: float
-    ceiling: float
+    ceiling: float | None
     count: int  # type: ignore[assignment]  # it hides tuple.count
 
 
@@ -59,6 +66,8 @@ class Options:
     """How to measure.
 
     Attributes:
+        families: of measures to take, of FAMILIES; those that the data do not allow are left out.
+        reading: of the patches, see `sparc_loss.embeddings.readings`.
         templates: prompts for the names of classes, each with a "{}"; open_clip's averages them.
         background_threshold: cosine below which a pixel is background; None leaves that mIoU out.
         nouns_and_adjectives: the words for that form of K-Precision; None leaves it out.
@@ -72,6 +81,8 @@ class Options:
         autocast: makes the context in which the model runs.
     """
 
+    families: Collection[str] = FAMILIES
+    reading: Reading = "last"
     templates: Sequence[str] = open_clip.OPENAI_IMAGENET_TEMPLATES
     background_threshold: float | None = None
     nouns_and_adjectives: Callable[[str], bool] | Collection[str] | None = None
@@ -100,7 +111,7 @@ def evaluate(
     Returns:
         The measures that the data allow.
         The image dependence, over the first caption of each image; a last batch of one image is left out, and it is
-        None where there is no other.
+        None where there is no other, or no caption.
 
     Raises:
         DataError: an image or mask that cannot be read, a box outside its image, a worker that ended or could not
@@ -109,29 +120,37 @@ def evaluate(
     options = options or Options()
     settings = (options.batch_size, options.device, options.input_dtype, options.autocast)
     encoder = Encoder(model.eval(), tokenizer, *settings, progress=True)
-    text_features = encoder.texts(data.captions, "captions")
+    families = [family for family in FAMILIES if family in options.families]
+    pooled, patches_wanted = (any(family in families for family in group) for group in (_POOLED, _DENSE))
+    text_features = encoder.texts(data.captions, "captions") if pooled and data.captions else None
     dense = _Dense(encoder, data, options)
-    image_features = text_features.new_empty(len(data.images), text_features.shape[1])
-    try:
-        for batch in image_batches(model, data.images, options.batch_size, options.workers):
-            image_features[batch.indices] = encoder.pooled(batch.images)
-            patches, grid = encoder.patches(batch.whole)
-            height, width = batch.whole.shape[-2:]
-            extent = patch_extent(model.visual, (height, width), grid)
-            dense.add(batch.indices, patches, grid, extent, batch.sizes)
-    except RuntimeError as error:
-        # PyTorch raises it wherever this process is when a worker dies.
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise unreadable(error) from error
-    measures = [
-        *_retrieval(image_features, text_features, data),
-        *_faithfulness(image_features, text_features, data, options),
-        *_hard_negatives(image_features, text_features, encoder, data),
-        *_classification(image_features, dense.class_features, data),
-        *dense.pointing(),
-        *dense.segmentation(),
-    ]
+    features: list[tuple[list[int], Tensor]] = []
+    with worker_errors():
+        for batch in image_batches(
+            model, data.images, options.batch_size, options.workers, data.crops, own=pooled, whole=patches_wanted
+        ):
+            if batch.images is not None:
+                features.append((batch.indices, encoder.pooled(batch.images)))
+            if batch.whole is not None:
+                patches, grid = encoder.patches(batch.whole, options.reading)
+                height, width = batch.whole.shape[-2:]
+                extent = patch_extent(model.visual, (height, width), grid)
+                dense.add(batch.indices, patches, grid, extent, batch.sizes)
+    measures = []
+    if pooled:
+        order = torch.tensor([index for indices, _ in features for index in indices])
+        image_features = torch.cat([each for _, each in features])[order.argsort()]
+        if text_features is not None:
+            measures += _retrieval(image_features, text_features, data) if "retrieval" in families else []
+            measures += (
+                _faithfulness(image_features, text_features, data, options) if "faithfulness" in families else []
+            )
+            measures += (
+                _hard_negatives(image_features, text_features, encoder, data) if "hard_negatives" in families else []
+            )
+        if "classification" in families:
+            measures += _classification(image_features, dense.class_features, data)
+    measures += [*dense.pointing(), *dense.segmentation()]
     return measures, mean_image_dependence(dense.dependence) if dense.dependence else None
 
 
@@ -145,7 +164,10 @@ class _Dense:
         scale = options.fine_grained_scale
         self.scale = encoder.model.logit_scale.exp().float().cpu() if scale is None else scale
         self.class_features = encoder.classes(data.classes, options.templates) if data.classes else None
-        phrases = sorted({each.phrase for objects in data.objects for each in objects})
+        self.families = options.families
+        phrases = sorted(
+            {each.phrase for objects in data.objects for each in objects} if "pointing" in self.families else ()
+        )
         self.phrases = {phrase: index for index, phrase in enumerate(phrases)}
         if phrases:
             self.phrase_features = encoder.texts(phrases, "phrases")
@@ -163,11 +185,28 @@ class _Dense:
         sizes: Sequence[tuple[int, int]],
     ) -> None:
         """Take in the images `batch`, with their patches [B, P, D], what these cover, and sizes in pixels."""
+        if self.data.captions and ("pointing" in self.families or "image_dependence" in self.families):
+            self._add_captions(batch, patches, grid, extent, sizes)
+        if "segmentation" in self.families:
+            for image, image_patches, size in zip(batch, patches, sizes, strict=True):
+                mask_path = self.data.masks[image]
+                if mask_path is not None:
+                    target = read_mask(mask_path, size, len(self.data.classes), self.data.mask_coding)
+                    self._segment(target, image_patches, grid, extent)
+
+    def _add_captions(
+        self,
+        batch: Sequence[int],
+        patches: Tensor,
+        grid: tuple[int, int],
+        extent: tuple[float, float],
+        sizes: Sequence[tuple[int, int]],
+    ) -> None:
         captions = [caption for image in batch for caption in self.captions_of[image]]
         features, mask = self.encoder.tokens([self.data.captions[caption] for caption in captions])
         rows = {caption: row for row, caption in enumerate(captions)}
         first = [rows[self.captions_of[image][0]] for image in batch]
-        if len(batch) > 1 and mask[first].any():
+        if "image_dependence" in self.families and len(batch) > 1 and mask[first].any():
             self.dependence.append(
                 image_dependence(
                     patches,
@@ -179,12 +218,8 @@ class _Dense:
                 )
             )
         for image, image_patches, size in zip(batch, patches, sizes, strict=True):
-            for caption in self.captions_of[image]:
+            for caption in self.captions_of[image] if "pointing" in self.families else ():
                 self._point(caption, features[rows[caption]], image_patches, grid, extent, size)
-            mask_path = self.data.masks[image]
-            if mask_path is not None:
-                target = read_mask(mask_path, size, len(self.data.classes))
-                self._segment(target, image_patches, grid, extent)
 
     def pointing(self) -> list[Measure]:
         measures = []
@@ -319,7 +354,19 @@ def _hard_negatives(
     negatives = encoder.texts([text for _, text in pairs], "hard negatives")
     images = image_features[[data.image_index[caption] for caption in captions]]
     accuracy = hard_negative_accuracy(images, text_features[captions], negatives)
-    return [Measure("hard_negative_accuracy", accuracy, HARD_NEGATIVE_CHANCE, 1.0, len(pairs))]
+    measures = [Measure("hard_negative_accuracy", accuracy, HARD_NEGATIVE_CHANCE, 1.0, len(pairs))]
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        group = data.groups[caption] if data.groups else None
+        if group is not None:
+            rows.setdefault(group, []).append(row)
+    if rows:
+        of_groups = [
+            hard_negative_accuracy(images[own], text_features[captions][own], negatives[own]) for own in rows.values()
+        ]
+        mean = sum(of_groups) / len(of_groups)
+        measures.append(Measure("hard_negative_accuracy_of_groups", mean, HARD_NEGATIVE_CHANCE, 1.0, len(of_groups)))
+    return measures
 
 
 def _classification(image_features: Tensor, class_features: Tensor | None, data: EvaluationData) -> list[Measure]:

@@ -2,15 +2,18 @@
 
 import multiprocessing.queues
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from sparc_loss.evaluation.dataset import DataError, read_image
+from sparc_loss.evaluation.dataset import Box, DataError, EvaluationData, read_image, read_mask
+from sparc_loss.evaluation.protocol import Protocol
 from sparc_loss.model_loading import preprocessing_of
 
 
@@ -19,55 +22,131 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         indices: of the B images.
-        images: [B, 3, H, W], as the model's own preprocessing shows them.
-        whole: [B, 3, H, W], squashed; the same tensor where the model's own preprocessing squashes.
-        sizes: height and width of the files' images.
+        images: [B, 3, H, W], as the model's own preprocessing shows them; None if not asked for.
+        whole: [B, 3, H, W], squashed; the same tensor where the model's own preprocessing squashes; None if not
+            asked for.
+        sizes: height and width of the files' images, or of their crops.
     """
 
     indices: list[int]
-    images: Tensor
-    whole: Tensor
+    images: Tensor | None
+    whole: Tensor | None
     sizes: tuple[tuple[int, int], ...]
 
 
-class _Images(Dataset[Any]):
-    """Batches of images by their indices. Errors are returned: a raised one would print the worker's traceback."""
+class ResizedImage(NamedTuple):
+    """An image for segmentation in windows.
 
-    def __init__(self, model: Any, paths: Sequence[Path]) -> None:
-        self.paths = paths
-        self.squash = preprocessing_of(model, resize_mode="squash")
-        squashes = model.visual.preprocess_cfg.get("resize_mode") == "squash"
-        self.preprocess = None if squashes else preprocessing_of(model)
+    Attributes:
+        image: [3, h, w], its short side that of the protocol, normalised as the model wants it.
+        target: int64 [H, W], the classes of the file's pixels, as `read_mask` returns them.
+    """
 
-    def __getitem__(self, indices: list[int]) -> ImageBatch | DataError:
+    image: Tensor
+    target: Tensor
+
+
+class _Readings(Dataset[Any]):
+    """What is read of the images, by their indices. Errors are returned: a raised one would print a traceback."""
+
+    def read(self, indices: list[int]) -> Any:
+        raise NotImplementedError
+
+    def __getitem__(self, indices: list[int]) -> Any:
         try:
-            images, whole, sizes = zip(*[self._read(self.paths[index]) for index in indices], strict=True)
-            squashed = torch.stack(whole)
-            return ImageBatch(indices, squashed if self.preprocess is None else torch.stack(images), squashed, sizes)
+            return self.read(indices)
         except DataError as error:
             return error
         except Exception as error:
             return unreadable(error)
 
-    def _read(self, path: Path) -> tuple[Tensor | None, Tensor, tuple[int, int]]:
-        try:
+
+class _Images(_Readings):
+    def __init__(self, model: Any, paths: Sequence[Path], crops: Sequence[Box | None], own: bool, whole: bool) -> None:
+        self.paths, self.crops, self.own, self.whole = paths, crops, own, whole
+        self.squash = preprocessing_of(model, resize_mode="squash")
+        squashes = model.visual.preprocess_cfg.get("resize_mode") == "squash"
+        self.preprocess = self.squash if squashes else preprocessing_of(model)
+
+    def read(self, indices: list[int]) -> ImageBatch:
+        images, whole, sizes = zip(*map(self._read, indices), strict=True)
+        stacked = torch.stack(whole) if self.whole else None
+        if self.own and not (self.whole and self.preprocess is self.squash):
+            return ImageBatch(indices, torch.stack(images), stacked, sizes)
+        return ImageBatch(indices, stacked if self.own else None, stacked, sizes)
+
+    def _read(self, index: int) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
+        path = self.paths[index]
+        with _named(path):
             image = read_image(path)
-            own = None if self.preprocess is None else self.preprocess(image)
-            return own, self.squash(image), (image.height, image.width)
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            crop = self.crops[index] if self.crops else None
+            if crop is not None:
+                left, top, right, bottom = crop
+                image = image.crop((left, top, right, bottom))
+            whole = self.squash(image) if self.whole else None
+            twice = self.whole and self.preprocess is self.squash
+            own = self.preprocess(image) if self.own and not twice else None
+            return own, whole, (image.height, image.width)
 
 
-def image_batches(model: Any, paths: Sequence[Path], batch_size: int, workers: int) -> Iterator[ImageBatch]:
-    # In a fixed random order: neighbours in a file may resemble each other, and the probe swaps neighbours.
+class _ResizedImages(_Readings):
+    def __init__(self, model: Any, data: EvaluationData, protocol: Protocol) -> None:
+        self.data, self.protocol = data, protocol
+        # What open_clip does after it has resized and cropped: the last steps of its own preprocessing.
+        resize, *_, self.to_tensor, self.normalize = preprocessing_of(model, resize_mode="squash").transforms  # type: ignore[attr-defined]
+        self.interpolation = resize.interpolation
+
+    def read(self, indices: list[int]) -> ResizedImage:
+        (index,) = indices
+        path, mask = self.data.images[index], self.data.masks[index]
+        assert mask is not None
+        with _named(path):
+            image = read_image(path).convert("RGB")
+            size = (image.height, image.width)
+            target = read_mask(mask, size, len(self.data.classes), self.data.mask_coding)
+            resized = F.resize(image, list(self.protocol.image_size(size)), self.interpolation)
+            return ResizedImage(self.normalize(self.to_tensor(resized)), target)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors name the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def image_batches(
+    model: Any,
+    paths: Sequence[Path],
+    batch_size: int,
+    workers: int,
+    crops: Sequence[Box | None] = (),
+    *,
+    own: bool = True,
+    whole: bool = True,
+) -> Iterator[ImageBatch]:
+    """The images in a fixed random order: neighbours in a file may resemble each other, and the probe swaps them."""
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
     starts = range(0, len(order), batch_size)
+    batches = [order[start : start + batch_size] for start in starts]
+    yield from _read_batches(_Images(model, paths, crops, own, whole), batches, workers, "batch")
+
+
+def resized_images(model: Any, data: EvaluationData, protocol: Protocol, workers: int) -> Iterator[ResizedImage]:
+    """The images that have a mask, one by one, in the order of the data."""
+    indices = [[index] for index, mask in enumerate(data.masks) if mask is not None]
+    yield from _read_batches(_ResizedImages(model, data, protocol), indices, workers, "image")
+
+
+def _read_batches(readings: _Readings, batches_of_indices: list[list[int]], workers: int, unit: str) -> Iterator[Any]:
     loader = DataLoader(
-        _Images(model, paths),
+        readings,
         batch_size=None,
-        sampler=[order[start : start + batch_size] for start in starts],
+        sampler=batches_of_indices,
         num_workers=workers,
         collate_fn=_as_it_is,
         worker_init_fn=_send_errors,
@@ -75,7 +154,7 @@ def image_batches(model: Any, paths: Sequence[Path], batch_size: int, workers: i
     batches = None
     try:
         batches = iter(loader)
-        for batch in tqdm(batches, desc="images", unit="batch", total=len(loader)):
+        for batch in tqdm(batches, desc="images", unit=unit, total=len(loader)):
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -106,6 +185,17 @@ def _send_errors(_: int) -> None:
         queue.put((item[0], unreadable(error)))
 
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", send)  # noqa: B010 (untyped)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Around the use of batches: PyTorch raises the death of a worker wherever this process is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise unreadable(error) from error
 
 
 def unreadable(error: Exception) -> DataError:

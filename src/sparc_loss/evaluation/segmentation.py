@@ -85,11 +85,36 @@ def segment(
     classes = F.normalize(class_features[rows].float(), dim=-1)
     cosine = F.normalize(patch_features.float(), dim=-1) @ classes.T
     cosine = rearrange(cosine, "(h w) c -> 1 c h w", h=height)
-    scores, best = _upsample(cosine, size, extent)[0].max(dim=0)
+    scores, best = upsample(cosine, size, extent)[0].max(dim=0)
     labels = rows[best]
     if background_threshold is not None:
         labels = labels.masked_fill(scores < background_threshold, BACKGROUND)
     return Segmentation(labels, scores)
+
+
+def upsample(maps: Tensor, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """Maps of patches over the pixels of an image, bilinear.
+
+    Args:
+        maps: [1, C, h, w].
+        size: height and width of the image in pixels.
+        extent: the share of the image's height and width that the maps cover; beyond, the outermost values go on.
+
+    Returns:
+        [1, C, H, W].
+    """
+    if tuple(extent) == (1, 1):
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    for share in extent:
+        check_extent(share)
+    # From -1 to 1 over the grid. Beyond its outermost centres, the outermost values go on.
+    y, x = (
+        (2 * torch.arange(pixels, device=maps.device) + 1) / (pixels * share) - 1
+        for pixels, share in zip(size, extent, strict=True)
+    )
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    places = torch.stack((columns, rows), dim=-1).unsqueeze(0)
+    return F.grid_sample(maps, places, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def intersection_and_union(
@@ -233,22 +258,6 @@ def mean_iou(intersection: Tensor, union: Tensor, *, background: bool = False) -
         intersection, union = intersection[:-1], union[:-1]
     occurs = union > 0
     return (intersection[occurs].double() / union[occurs].double()).mean().item()
-
-
-def _upsample(maps: Tensor, size: tuple[int, int], extent: tuple[float, float]) -> Tensor:
-    """Maps [1, C, h, w] over an image of `size`, of which they cover `extent`, bilinear: [1, C, H, W]."""
-    if tuple(extent) == (1, 1):
-        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-    for share in extent:
-        check_extent(share)
-    # From -1 to 1 over the grid. Beyond its outermost centres, the outermost values go on.
-    y, x = (
-        (2 * torch.arange(pixels, device=maps.device) + 1) / (pixels * share) - 1
-        for pixels, share in zip(size, extent, strict=True)
-    )
-    rows, columns = torch.meshgrid(y, x, indexing="ij")
-    places = torch.stack((columns, rows), dim=-1).unsqueeze(0)
-    return F.grid_sample(maps, places, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _present(present: Sequence[int] | Tensor | None, num_classes: int, device: torch.device) -> Tensor:

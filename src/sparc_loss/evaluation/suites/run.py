@@ -1,0 +1,250 @@
+"""Measure a model on suites: read and check all data first, keep each suite's figures as soon as they are known."""
+
+import json
+import platform
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sparc_loss import __version__
+from sparc_loss.evaluation.dataset import EvaluationData, read_lines
+from sparc_loss.evaluation.protocol import PROTOCOL_FIELDS, Protocol
+from sparc_loss.evaluation.suites import SUITES
+from sparc_loss.evaluation.suites.suite import DataFolder, Suite, split_names
+from sparc_loss.model_loading import MODEL_SETTINGS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparc_loss.evaluation.evaluate import Options
+
+
+class Task(NamedTuple):
+    """A suite to be measured.
+
+    Attributes:
+        suite: which.
+        protocol: of segmentation in windows; None for other measures.
+        settings: everything that the figures depend on; figures with the same settings are not measured again.
+        data: by part; empty where the figures are known.
+        notes: what was left out, one line each.
+    """
+
+    suite: Suite
+    protocol: Protocol | None
+    settings: dict[str, Any]
+    data: Mapping[str, EvaluationData]
+    notes: list[str]
+
+
+def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None) -> list[Task]:
+    """Read and check the data of all suites whose figures are not known.
+
+    Args:
+        args: of the command.
+        known: records by suite, of an earlier run.
+        templates: prompts that replace the protocols'.
+
+    Raises:
+        ValueError: an unknown suite, a flag that no suite uses, a wrong value; DataError for data.
+    """
+    suites = [_suite(name) for name in args.suite.split(",")]
+    changes = {name: getattr(args, name) for name in PROTOCOL_FIELDS if getattr(args, name) is not None}
+    classes = split_names(read_lines(args.classes)) if args.classes else None
+    _check_used(suites, {**changes, **({"classes": classes} if classes else {})}, templates)
+    root = Path(args.data_root)
+    if not root.is_dir():
+        raise ValueError(
+            f"argument --data-root: {args.data_root!r} is no folder; expected the folder of the data sets"
+        )
+    tasks = []
+    for suite in suites:
+        protocol = _protocol(suite, args.protocol, changes, classes, templates)
+        settings = _settings(args, suite, protocol, templates)
+        folder = DataFolder(root, suite, args.skip_missing)
+        is_known = suite.name in known and known[suite.name].get("settings") == settings
+        data: dict[str, EvaluationData] = {}
+        if not is_known:
+            data = {part: _limited(each, args.limit) for part, each in suite.read(folder).items()}
+        notes = [*folder.notes, *(note for each in data.values() for note in each.notes)]
+        if protocol is not None and protocol != suite.protocols[args.protocol]:
+            notes.append(f"the protocol differs from {args.protocol}, with which the published figures were taken")
+        if protocol is not None and data:
+            from sparc_loss.evaluation.evaluate_windows import check_masks
+
+            for each in data.values():
+                check_masks(each)
+        tasks.append(Task(suite, protocol, settings, data, notes))
+    return tasks
+
+
+def run(
+    tasks: list[Task],
+    known: Mapping[str, Any],
+    model: "nn.Module",
+    tokenizer: Any,
+    options: "Options",
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The records of all tasks, by suite.
+
+    Args:
+        tasks: from `plan`.
+        known: records by suite, of an earlier run.
+        model: surfaced.
+        tokenizer: the model's own.
+        options: how to measure.
+        keep: called with the records so far whenever a suite is done.
+    """
+    _check_towers(tasks, model)
+    records: dict[str, Any] = {}
+    for task in tasks:
+        name = task.suite.name
+        if not task.data:
+            print(f"{name}: known from an earlier run", file=sys.stderr)
+            records[name] = known[name]
+            continue
+        print(f"{name}: {task.suite.title}", file=sys.stderr)
+        records[name] = _measure(task, model, tokenizer, options)
+        keep(records)
+    return records
+
+
+def read_known(path: Path | None) -> dict[str, Any]:
+    """The records of an earlier run in its JSON, by suite; empty where there is no such file."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        suites = json.loads(path.read_text(encoding="utf-8"))["suites"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # of another command: it is written anew, as ever
+    return suites if isinstance(suites, dict) else {}
+
+
+def _suite(name: str) -> Suite:
+    if name not in SUITES:
+        raise ValueError(f"argument --suite: {name!r} is no suite; expected of {', '.join(SUITES)}, by commas")
+    return SUITES[name]
+
+
+def _check_used(suites: list[Suite], changes: Mapping[str, Any], templates: list[str] | None) -> None:
+    """Refuse a flag that would change nothing."""
+    families = {family for suite in suites for family in suite.families}
+    segments = any(suite.protocols for suite in suites)
+    for name in changes:
+        if not segments and not (name == "reading" and "pointing" in families):
+            raise ValueError(f"argument --{name.replace('_', '-')}: given, but none of the suites is of segmentation")
+    if templates is not None and not segments and "classification" not in families:
+        raise ValueError("argument --templates: given, but none of the suites has classes")
+
+
+def _protocol(
+    suite: Suite,
+    preset: str,
+    changes: Mapping[str, Any],
+    classes: tuple[tuple[str, ...], ...] | None,
+    templates: list[str] | None,
+) -> Protocol | None:
+    if not suite.protocols:
+        return None
+    protocol = replace(suite.protocols[preset], **changes)
+    if templates is not None:
+        protocol = replace(protocol, templates=tuple(templates))
+    if classes is not None:
+        if len(classes) != len(protocol.classes):
+            raise ValueError(
+                f"argument --classes: {len(classes)} lines; {suite.name} has {len(protocol.classes)} classes"
+            )
+        protocol = replace(protocol, classes=classes)
+    return protocol
+
+
+def _limited(data: EvaluationData, limit: int | None) -> EvaluationData:
+    return data if limit is None else data.first(limit)
+
+
+def _settings(args: Namespace, suite: Suite, protocol: Protocol | None, templates: list[str] | None) -> dict[str, Any]:
+    """Everything that the figures of a suite depend on, as JSON has it."""
+    settings: dict[str, Any] = {name: getattr(args, name) for name in MODEL_SETTINGS}
+    settings |= {"pretrained": args.pretrained, "precision": args.precision, "limit": args.limit}
+    settings["skip_missing"] = args.skip_missing
+    checkpoint = Path(args.pretrained) if args.pretrained else None
+    if checkpoint is not None and checkpoint.is_file():
+        status = checkpoint.stat()
+        settings["checkpoint"] = {"bytes": status.st_size, "modified": status.st_mtime}
+    if protocol is not None:
+        settings["protocol"] = protocol.record()
+        if protocol.templates is None:
+            settings["protocol"]["templates"] = _openai_templates()
+        settings["preset"] = args.protocol
+    else:
+        if "classification" in suite.families:
+            settings["templates"] = templates or _openai_templates()
+        if "pointing" in suite.families:
+            settings["reading"] = args.reading or "last"
+            settings["tokens"] = args.sparc_tokens or "words"
+        if "faithfulness" in suite.families:
+            settings["nouns_and_adjectives"] = args.nouns_and_adjectives
+    packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
+    settings["versions"] = {
+        "sparc_loss": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _openai_templates() -> list[str]:
+    import open_clip
+
+    return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def _check_towers(tasks: list[Task], model: Any) -> None:
+    """Refuse a reading or a window that the tower does not take, before anything is measured."""
+    from sparc_loss.embeddings.image_size import check_image_size
+    from sparc_loss.embeddings.readings import check_reading
+
+    for task in tasks:
+        reading = task.protocol.reading if task.protocol is not None else task.settings.get("reading", "last")
+        check_reading(model.visual, reading)
+        if task.protocol is not None and task.protocol.window:
+            check_image_size(model.visual, (task.protocol.window, task.protocol.window))
+
+
+def _measure(task: Task, model: "nn.Module", tokenizer: Any, options: "Options") -> dict[str, Any]:
+    from sparc_loss.evaluation.evaluate import evaluate
+    from sparc_loss.evaluation.evaluate_windows import evaluate_windows
+
+    started = time.perf_counter()
+    figures: dict[str, dict[str, Any]] = {}
+    record: dict[str, Any] = {}
+    for part, data in task.data.items():
+        if task.protocol is not None:
+            measure, record["iou_of_classes"] = evaluate_windows(model, tokenizer, data, task.protocol, options)
+            measures = [measure]
+        else:
+            reading = task.settings.get("reading", "last")
+            wanted = replace(options, families=task.suite.families, reading=reading)
+            measures, _ = evaluate(model, tokenizer, data, wanted)
+        for each in measures:
+            figures[f"{part}/{each.name}" if part else each.name] = {
+                "value": each.value,
+                "chance": each.chance,
+                "count": each.count,
+                "images": len(data.images),
+            }
+    return {
+        "title": task.suite.title,
+        "protocol": task.protocol.describe() if task.protocol is not None else task.suite.protocol,
+        "figures": figures,
+        **record,
+        "notes": task.notes,
+        "seconds": round(time.perf_counter() - started, 1),
+        "settings": task.settings,
+    }
