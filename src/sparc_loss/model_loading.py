@@ -205,8 +205,8 @@ def _settle_quick_gelu(prog: str, args: Namespace, path: Path | None, trained: d
         if trained_with != own and not insisted:
             raise ValueError(
                 f"argument --model: {args.model} has {activation}, and {path} says that the checkpoint was trained "
-                f"as {name} with {'QuickGELU' if trained_with else 'GELU'}: every figure would be wrong; leave --model "
-                f"out, or give --{'no-' * (not own)}force-quick-gelu to insist"
+                f"as {name} with {'QuickGELU' if trained_with else 'GELU'}: every figure would be wrong; leave "
+                f"--model out, or give --{'no-' * (not own)}force-quick-gelu to insist"
             )
         tag = open_clip.get_pretrained_cfg(name, str(trained.get("pretrained")))
         if tag and tag.get("quick_gelu") and not own and not insisted:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sparc_loss._checks import check_features
 from sparc_loss._nearest import TIE
-from sparc_loss.evaluation.retrieval import check_k
+from sparc_loss.evaluation.retrieval import check_k, queries_at_a_time
 
 
 def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tensor, k: int = 1) -> float:
@@ -42,8 +42,12 @@ def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tenso
         outside = target[(target < 0) | (target >= len(class_features))][0].item()
         raise ValueError(f"target has the class {outside}; expected 0 to {len(class_features) - 1}")
 
-    cosine = F.normalize(image_features.float(), dim=-1) @ F.normalize(class_features.float(), dim=-1).T
-    right = cosine.gather(1, target.unsqueeze(1))
-    # The right class itself is one of them.
-    rank = (cosine >= right - TIE).sum(dim=1)
-    return (rank <= k).float().mean().item()
+    images, classes = F.normalize(image_features.float(), dim=-1), F.normalize(class_features.float(), dim=-1)
+    hits, chunk = 0, queries_at_a_time(len(classes))
+    for start in range(0, len(images), chunk):
+        cosine = images[start : start + chunk] @ classes.T
+        right = cosine.gather(1, target[start : start + chunk].unsqueeze(1))
+        # The right class itself is one of them.
+        rank = (cosine >= right - TIE).sum(dim=1)
+        hits += int((rank <= k).sum())
+    return hits / len(images)

@@ -70,7 +70,7 @@ def nearest_captions(image_features: Tensor, text_features: Tensor, image_index:
     Arguments and errors as in `recall_at_k`.
     """
     images, texts, image_index = _normalised_pairs(image_features, text_features, image_index)
-    nearest, chunk = [], _chunk(len(texts))
+    nearest, chunk = [], queries_at_a_time(len(texts))
     for start in range(0, len(images), chunk):
         similarity = images[start : start + chunk] @ texts.T
         tied = similarity >= similarity.amax(dim=1, keepdim=True) - TIE
@@ -114,7 +114,7 @@ def _normalised_pairs(
 
 
 def _recall(queries: Tensor, candidates: Tensor, query_image: Tensor, candidate_image: Tensor, k: int) -> float:
-    hits, chunk = 0, _chunk(len(candidates))
+    hits, chunk = 0, queries_at_a_time(len(candidates))
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ candidates.T
         is_right = query_image[start : start + chunk].unsqueeze(1) == candidate_image
@@ -124,8 +124,8 @@ def _recall(queries: Tensor, candidates: Tensor, query_image: Tensor, candidate_
     return hits / len(queries)
 
 
-def _chunk(candidates: int) -> int:
-    """Number of queries to compare with all candidates at a time."""
+def queries_at_a_time(candidates: int) -> int:
+    """Number of queries to compare with all candidates at a time, so that memory has a bound."""
     return max(1, min(_CHUNK, _SIMILARITIES // candidates))
 
 

@@ -109,7 +109,7 @@ def upsample(maps: Tensor, size: tuple[int, int], extent: tuple[float, float] = 
         check_extent(share)
     # From -1 to 1 over the grid. Beyond its outermost centres, the outermost values go on.
     y, x = (
-        (2 * torch.arange(pixels, device=maps.device) + 1) / (pixels * share) - 1
+        (2 * torch.arange(pixels, device=maps.device, dtype=maps.dtype) + 1) / (pixels * share) - 1
         for pixels, share in zip(size, extent, strict=True)
     )
     rows, columns = torch.meshgrid(y, x, indexing="ij")
