@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from open_clip_train.data import CsvDataset
 from PIL import Image
 
 from sparc_loss.evaluation import BACKGROUND
-from sparc_loss.evaluation.dataset import IGNORED, DataError, NamedObject, read_data, read_image, read_lines, read_mask
+from sparc_loss.evaluation.dataset import (
+    IGNORED,
+    DataError,
+    EvaluationData,
+    MaskCoding,
+    NamedObject,
+    read_data,
+    read_image,
+    read_image_size,
+    read_lines,
+    read_mask,
+)
 
 
 @pytest.fixture
@@ -288,3 +300,51 @@ def test_a_mask_with_a_palette_has_the_palettes_indices(tmp_path):
 def test_a_mask_of_something_else_is_refused(tmp_path, values, mode, message):
     with pytest.raises(DataError, match=message):
         read_mask(mask(tmp_path, values, mode), (1, 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("coding", "expected"),
+    [
+        (MaskCoding(), [[BACKGROUND, 0, 1, IGNORED]]),
+        (MaskCoding(background=False, ignored=(0, 255)), [[IGNORED, 0, 1, IGNORED]]),
+        (MaskCoding(first=0, background=False), [[0, 1, 2, IGNORED]]),
+    ],
+)
+def test_what_a_value_means_depends_on_the_data_set(tmp_path, coding, expected):
+    assert read_mask(mask(tmp_path, [[0, 1, 2, 255]]), (1, 4), 3, coding).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("coding", "value", "text"),
+    [
+        (MaskCoding(first=0, background=False), 2, r"has the value 2; expected 0 to 1 \(classes\) or 255"),
+        (MaskCoding(background=False, ignored=(0,)), 255, r"has the value 255; expected 1 to 2 \(classes\) or 0"),
+        (MaskCoding(background=False), 0, r"has the value 0; expected 1 to 2 \(classes\) or 255"),
+    ],
+)
+def test_a_value_without_a_meaning_is_refused(tmp_path, coding, value, text):
+    with pytest.raises(DataError, match=text):
+        read_mask(mask(tmp_path, [[1, value]]), (1, 2), 2, coding)
+
+
+def test_the_first_images_alone_with_their_captions(tmp_path):
+    data = EvaluationData(["a", "b"], notes=["a note"])
+    for number in range(3):
+        image = data.add_image(Path(f"{number}.png"), Path(f"{number}-mask.png"), number % 2, (0, 0, 1, number + 1))
+        for caption in range(number + 1):
+            data.add_caption(image, f"{number}{caption}", hard_negative="x", group=f"g{number}")
+    first = data.first(2)
+    assert [path.name for path in first.images] == ["0.png", "1.png"]
+    assert (first.captions, first.image_index) == (["00", "10", "11"], [0, 1, 1])
+    assert (first.labels, first.crops[1], first.groups) == ([0, 1], (0, 0, 1, 2), ["g0", "g1", "g1"])
+    assert (first.classes, first.notes) == (["a", "b"], ["a note"])
+    assert len(data.images) == 3
+    assert data.first(9) == data
+
+
+def test_the_size_of_an_image_without_decoding_it(tmp_path):
+    Image.new("L", (5, 3)).save(tmp_path / "image.png")
+    assert read_image_size(tmp_path / "image.png") == (3, 5)
+    (tmp_path / "broken.png").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"broken\.png cannot be read as an image"):
+        read_image_size(tmp_path / "broken.png")

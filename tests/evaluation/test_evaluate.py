@@ -432,6 +432,96 @@ def test_a_batch_is_sent_in_two_tensors_or_in_one_where_both_readings_are_the_sa
         assert batch.sizes == ((48, 96), (48, 96))
 
 
+def test_families_alone_are_measured_and_nothing_is_run_for_the_others(data, measured):
+    def names(*families):
+        model = CountingModel()
+        measures, dependence = evaluate(model, ColourTokenizer(), data, Options(templates=["{}"], families=families))
+        return [each.name for each in measures], dependence is not None, sorted(set(model.called))
+
+    assert names("retrieval") == (["image_to_text_R@1", "text_to_image_R@1"], False, ["image", "text"])
+    assert names("hard_negatives")[0] == ["hard_negative_accuracy"]
+    assert names("pointing")[0] == [name for name in measured[0] if name.endswith("pointing")]
+    assert names("segmentation") == (["mean_iou_of_objects", "mean_iou"], False, ["patches", "text"])
+    assert names("image_dependence") == ([], True, ["patches", "text", "tokens"])
+
+
+class CountingModel(ColourModel):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def encode_patches(self, images):
+        self.called.append("patches")
+        return super().encode_patches(images)
+
+    def encode_image(self, images, normalize):
+        self.called.append("image")
+        return super().encode_image(images, normalize)
+
+    def encode_tokens(self, texts):
+        self.called.append("tokens")
+        return super().encode_tokens(texts)
+
+    def encode_text(self, texts, normalize):
+        self.called.append("text")
+        return torch.nn.functional.normalize(super().encode_tokens(texts)[0].sum(dim=1), dim=-1)
+
+
+def test_the_reading_reaches_the_model(data):
+    class Reading(ColourModel):
+        def encode_patches(self, images, reading="last"):
+            readings.append(reading)
+            return super().encode_patches(images)
+
+    readings = []
+    for options in (Options(families=["pointing"]), Options(families=["pointing"], reading="clear")):
+        evaluate(Reading(), ColourTokenizer(), data, options)
+    assert readings == ["last", "clear"]
+
+
+def test_an_unknown_family_is_refused(data):
+    with pytest.raises(
+        ValueError, match="families has 'colours'; expected of retrieval, faithfulness, hard_negatives,"
+    ):
+        evaluate(ColourModel(), ColourTokenizer(), data, Options(families=["colours"]))
+
+
+def test_without_captions_classes_alone_are_measured(data):
+    bare = EvaluationData(list(CLASSES), masks=data.masks, images=data.images, labels=[1, 1])
+    measures, dependence = evaluate(ColourModel(), ColourTokenizer(), bare, Options(templates=["{}"]))
+    assert [each.name for each in measures] == ["zero_shot_top1", "mean_iou_of_objects", "mean_iou"]
+    assert dependence is None
+
+
+def test_an_image_may_be_cropped_to_a_box(data):
+    # Each of the three stripes of one image, by its box, is an image of one colour.
+    stripes = EvaluationData(list(CLASSES))
+    for index, colour in enumerate(STRIPES):
+        image = stripes.add_image(data.images[0], label=index, crop=(32 * index, 0, 32 * index + 32, 40))
+        stripes.add_caption(image, f"a {colour}")
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), stripes, Options(templates=["{}"]))
+    found = {each.name: each.value for each in measures}
+    assert found["zero_shot_top1"] == found["image_to_text_R@1"] == found["text_to_image_R@1"] == 1
+
+
+def test_hard_negatives_are_also_averaged_over_their_groups(data):
+    grouped = EvaluationData([])
+    image = grouped.add_image(data.images[0], crop=(0, 0, 32, 40))  # red
+    for caption, negative, group in (
+        ("a red", "a green", "easy"),
+        ("a red", "a blue", "easy"),
+        ("a red", "a green", "easy"),
+        ("a green", "a red", "wrong"),
+        ("a green", "a red", None),
+    ):
+        grouped.add_caption(image, caption, hard_negative=negative, group=group)
+    measures, _ = evaluate(ColourModel(), ColourTokenizer(), grouped, Options(families=["hard_negatives"]))
+    assert [(each.name, each.value, each.count) for each in measures] == [
+        ("hard_negative_accuracy", pytest.approx(3 / 5), 5),
+        ("hard_negative_accuracy_of_groups", pytest.approx(1 / 2), 2),
+    ]
+
+
 @pytest.mark.slow
 def test_workers_do_not_show(data, measured):
     options = Options(

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 
-from sparc_loss.evaluation import nearest_captions, recall_at_k, recall_chance
+from sparc_loss.evaluation import nearest_captions, recall_at_k, recall_chance, top_k_accuracy
 
 
 def directions(*degrees: float) -> torch.Tensor:
@@ -182,3 +183,38 @@ def test_unpaired_features_are_refused():
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="text_features has values that are not finite"):
         recall_at_k(torch.ones(2, 2), torch.full((2, 2), torch.nan))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_recall_equals_that_of_clip_benchmark(k):
+    metrics = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval", reason="pip install clip-benchmark")
+    images, texts = random_features(40, 200)
+    index = torch.arange(200) % 40
+    scores = torch.nn.functional.normalize(texts, dim=-1) @ torch.nn.functional.normalize(images, dim=-1).T
+    positive = torch.nn.functional.one_hot(index, 40).bool()
+    # Its figure is 1 for a query that finds any of its counterparts.
+    found = [
+        (metrics.recall_at_k(*each, k) > 0).float().mean().item()
+        for each in ((scores.T, positive.T), (scores, positive))
+    ]
+    assert recall_at_k(images, texts, k, index) == pytest.approx(tuple(found))
+
+
+def random_features(images, texts):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(images, 8, generator=generator), torch.randn(texts, 8, generator=generator)
+
+
+@pytest.mark.parametrize("measure", ["recall", "nearest", "top_k"])
+def test_memory_has_a_bound_whatever_the_numbers(measure):
+    images, texts = random_features(5000, 25_000)
+    index = torch.arange(25_000) % 5000
+    run = {
+        "recall": lambda: recall_at_k(images, texts, 1, index),
+        "nearest": lambda: nearest_captions(images, texts, index),
+        "top_k": lambda: top_k_accuracy(texts, images, index, 1),
+    }[measure]
+    with LargestTensor() as mode:
+        run()
+    # All similarities at once would be 125 million.
+    assert mode.elements <= 1 << 24

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_loss.evaluation import windows as module
 from sparc_loss.evaluation.segmentation import BACKGROUND
@@ -135,19 +135,10 @@ def test_memory_does_not_depend_on_the_number_of_names(monkeypatch):
     image, _ = made((64, 64))
     windows, patches, grid, extent = run(image, 32, 16)
 
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.elements = max(self.elements, result.numel())
-            return result
-
     largest = []
     for count in (50, 1000):
         names = torch.randn(count, DIMENSION, dtype=torch.double)
-        with Largest() as mode:
+        with LargestTensor() as mode:
             segment_windows(
                 patches, names, torch.arange(count), windows, grid, (64, 64), background_threshold=0.1, extent=extent
             )

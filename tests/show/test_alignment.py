@@ -33,11 +33,11 @@ def preprocess_for(model: nn.Module):
     return image_transform(size, is_train=False, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 
 
-def expected_weights(model, preprocess, tokenizer, **options) -> torch.Tensor:
+def expected_weights(model, preprocess, tokenizer, reading="last", **options) -> torch.Tensor:
     """The loss's own weights of the four words, [4, P], from a surfaced model."""
     surface_embeddings(model, tokenizer).eval()
     with torch.no_grad():
-        patches, _ = model.encode_patches(preprocess(picture()).unsqueeze(0))
+        patches, _ = model.encode_patches(preprocess(picture()).unsqueeze(0), reading=reading)
         tokens, mask = model.encode_tokens(tokenizer([CAPTION]))
     assert mask[0].tolist() == [True] * 4 + [False] * 4
     return alignment_weights(token_patch_similarity(tokens, patches), **options)[0, :4]
@@ -74,6 +74,15 @@ def test_threshold_and_alignment_reach_the_weights(tokenizer, options):
     assert torch.equal(pair.weights.flatten(1), expected_weights(model, preprocess, tokenizer, **options))
 
 
+def test_a_reading_reaches_the_patches(tokenizer):
+    model = tiny_models.clip()
+    preprocess = preprocess_for(model)
+    pair = align(picture(), CAPTION, model, preprocess, tokenizer, reading="value")
+    expected = expected_weights(model, preprocess, tokenizer, reading="value")
+    assert torch.equal(pair.weights.flatten(1), expected)
+    assert not torch.equal(expected, expected_weights(model, preprocess, tokenizer))
+
+
 def test_a_word_of_several_pieces_has_the_mean_of_their_weights(tokenizer):
     model = tiny_models.clip()
     preprocess = preprocess_for(model)
@@ -81,7 +90,7 @@ def test_a_word_of_several_pieces_has_the_mean_of_their_weights(tokenizer):
     assert [word.positions for word in pair.caption.words] == [(0,), (1, 2, 3)]
     with torch.no_grad():
         surface_embeddings(model, tokenizer)
-        patches, _ = model.encode_patches(preprocess(picture()).unsqueeze(0))
+        patches, _ = model.encode_patches(preprocess(picture()).unsqueeze(0), reading=reading)
         tokens, _ = model.encode_tokens(tokenizer(["a dog's"]))
     weights = alignment_weights(token_patch_similarity(tokens, patches))[0]
     torch.testing.assert_close(pair.weights[1].flatten(), (weights[1] + weights[2] + weights[3]) / 3)

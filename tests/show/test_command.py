@@ -66,12 +66,14 @@ def test_pairs_become_one_page(folder):
 
 
 def test_the_options_reach_the_weights(folder):
-    main([*arguments(folder, output="high.html"), "--threshold", "0.9", "--alignment", "sparse"])
+    options = ("--threshold", "0.9", "--alignment", "sparse", "--reading", "value")
+    main([*arguments(folder, output="high.html"), *options])
     page = (folder / "high.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page)[1])
     name = f"local-dir:{folder / 'model'}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    pair = align(folder / "dog.png", CAPTION, model, preprocess, open_clip.get_tokenizer(name), threshold=0.9)
+    tokenizer = open_clip.get_tokenizer(name)
+    pair = align(folder / "dog.png", CAPTION, model, preprocess, tokenizer, threshold=0.9, reading="value")
     np.testing.assert_allclose(data["weights"], pair.weights.flatten(1), rtol=1e-3)
 
 

@@ -116,12 +116,15 @@ def evaluate(
     Raises:
         DataError: an image or mask that cannot be read, a box outside its image, a worker that ended or could not
             send what it read.
+        ValueError: an unknown family of measures.
     """
     options = options or Options()
     settings = (options.batch_size, options.device, options.input_dtype, options.autocast)
     encoder = Encoder(model.eval(), tokenizer, *settings, progress=True)
-    families = [family for family in FAMILIES if family in options.families]
-    pooled, patches_wanted = (any(family in families for family in group) for group in (_POOLED, _DENSE))
+    unknown = [family for family in options.families if family not in FAMILIES]
+    if unknown:
+        raise ValueError(f"families has {unknown[0]!r}; expected of {', '.join(FAMILIES)}")
+    pooled, patches_wanted = (any(family in options.families for family in group) for group in (_POOLED, _DENSE))
     text_features = encoder.texts(data.captions, "captions") if pooled and data.captions else None
     dense = _Dense(encoder, data, options)
     features: list[tuple[list[int], Tensor]] = []
@@ -140,16 +143,7 @@ def evaluate(
     if pooled:
         order = torch.tensor([index for indices, _ in features for index in indices])
         image_features = torch.cat([each for _, each in features])[order.argsort()]
-        if text_features is not None:
-            measures += _retrieval(image_features, text_features, data) if "retrieval" in families else []
-            measures += (
-                _faithfulness(image_features, text_features, data, options) if "faithfulness" in families else []
-            )
-            measures += (
-                _hard_negatives(image_features, text_features, encoder, data) if "hard_negatives" in families else []
-            )
-        if "classification" in families:
-            measures += _classification(image_features, dense.class_features, data)
+        measures += _pooled_measures(image_features, text_features, dense.class_features, encoder, data, options)
     measures += [*dense.pointing(), *dense.segmentation()]
     return measures, mean_image_dependence(dense.dependence) if dense.dependence else None
 
@@ -309,6 +303,27 @@ class _Dense:
             }
             for kind, total in totals.items():
                 self.totals[name, kind] = self.totals.get((name, kind), 0) + torch.stack(total)
+
+
+def _pooled_measures(
+    image_features: Tensor,
+    text_features: Tensor | None,
+    class_features: Tensor | None,
+    encoder: Encoder,
+    data: EvaluationData,
+    options: Options,
+) -> list[Measure]:
+    measures: list[Measure] = []
+    if text_features is not None:
+        if "retrieval" in options.families:
+            measures += _retrieval(image_features, text_features, data)
+        if "faithfulness" in options.families:
+            measures += _faithfulness(image_features, text_features, data, options)
+        if "hard_negatives" in options.families:
+            measures += _hard_negatives(image_features, text_features, encoder, data)
+    if "classification" in options.families:
+        measures += _classification(image_features, class_features, data)
+    return measures
 
 
 def _retrieval(image_features: Tensor, text_features: Tensor, data: EvaluationData) -> list[Measure]:

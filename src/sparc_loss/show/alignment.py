@@ -12,6 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from sparc_loss.embeddings.reading_names import Reading
 from sparc_loss.embeddings.surface import Surfaced, restore, surface_embeddings
 from sparc_loss.embeddings.vision import patch_size
 from sparc_loss.embeddings.words import Caption, read_caption
@@ -54,6 +55,7 @@ def align(
     *,
     threshold: float | None = None,
     alignment: Alignment = "sparse",
+    reading: Reading = "last",
     title: str = "",
 ) -> AlignedPair:
     """Align the words of a caption with the patches of an image, as the loss does.
@@ -68,11 +70,13 @@ def align(
         tokenizer: the model's own, from `open_clip.get_tokenizer`.
         threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
         alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
+        reading: what a ViT's last block gives as patches, see `sparc_loss.embeddings.readings`; "last" is what the
+            loss trains.
         title: of the pair, for a figure or a page.
 
     Raises:
-        TypeError: a model, preprocess or tokenizer that is not known.
-        ValueError: an image that cannot be read, a caption without words, a wrong threshold or alignment.
+        TypeError: a model, preprocess or tokenizer that is not known, a tower for which the reading has no meaning.
+        ValueError: an image that cannot be read, a caption without words, a wrong threshold, alignment or reading.
     """
     words = read_caption(caption, tokenizer)
     pixels = preprocess(read_image(image))
@@ -81,7 +85,7 @@ def align(
         layers = (module for module in model.visual.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
         stem = next(layers).weight
         images = pixels.unsqueeze(0).to(stem.device, stem.dtype)
-        patch_features, grid = model.encode_patches(images)
+        patch_features, grid = model.encode_patches(images, reading=reading)
         token_features, _ = model.encode_tokens(tokenizer([caption]).to(stem.device))
         weights = alignment_weights(token_patch_similarity(token_features, patch_features), threshold, alignment)[0]
     weights = torch.stack([weights[list(word.positions)].mean(dim=0) for word in words.read]).float().cpu()

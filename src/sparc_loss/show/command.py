@@ -4,6 +4,7 @@ import logging
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
+from sparc_loss.embeddings.reading_names import READINGS
 from sparc_loss.functional import ALIGNMENTS
 from sparc_loss.model_loading import add_model_flags, complete_from_run, load_model
 from sparc_loss.show.alignment import align, read_image
@@ -32,7 +33,11 @@ def main(argv: list[str]) -> int:
             read_image(image)
         complete_from_run(PROG, args, ("sparc_threshold", "sparc_alignment"))
         model, preprocess, tokenizer = load_model(args)
-        options = {"threshold": args.sparc_threshold, "alignment": args.sparc_alignment or "sparse"}
+        options = {
+            "threshold": args.sparc_threshold,
+            "alignment": args.sparc_alignment or "sparse",
+            "reading": args.reading,
+        }
         aligned = [align(image, caption, model, preprocess, tokenizer, **options) for image, caption in pairs]
         _write(args.output, aligned, args.smooth)
     except (OSError, TypeError, ValueError) as error:
@@ -71,6 +76,12 @@ def _parser() -> ArgumentParser:
         dest="sparc_alignment",
         choices=ALIGNMENTS,
         help="how weights are made (default: that of the run, else sparse)",
+    )
+    parser.add_argument(
+        "--reading",
+        choices=READINGS,
+        default="last",
+        help="what a ViT's last block gives as patches (default: %(default)s, which the loss trains)",
     )
     parser.add_argument("--smooth", action="store_true", help="pictures blend from patch to patch")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="default: %(default)s")

@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
+from sparc_loss.embeddings.reading_names import Reading
 from sparc_loss.functional import Alignment
 from sparc_loss.show.alignment import AlignedPair, align
 
@@ -41,6 +42,7 @@ def alignment_figure(
     *,
     threshold: float | None = None,
     alignment: Alignment = "sparse",
+    reading: Reading = "last",
     smooth: bool = False,
 ) -> Figure:
     """Draw what each word of a caption selects of an image.
@@ -53,16 +55,19 @@ def alignment_figure(
         tokenizer: the model's own, from `open_clip.get_tokenizer`.
         threshold: sigma of Eq. 3, in [0, 1]; None is 1/P.
         alignment: "sparse", "dense" or "softmax", see `functional.alignment_weights`.
+        reading: what a ViT's last block gives as patches, see `sparc_loss.embeddings.readings`.
         smooth: blend from patch to patch instead of showing their edges.
 
     Returns:
         A figure of its own, known to no pyplot state: `figure.savefig(path)`, or the last line of a notebook's cell.
 
     Raises:
-        TypeError: a model, preprocess or tokenizer that is not known.
-        ValueError: an image that cannot be read, a caption without words, a wrong threshold or alignment.
+        TypeError: a model, preprocess or tokenizer that is not known, a tower for which the reading has no meaning.
+        ValueError: an image that cannot be read, a caption without words, a wrong threshold, alignment or reading.
     """
-    pair = align(image, caption, model, preprocess, tokenizer, threshold=threshold, alignment=alignment)
+    pair = align(
+        image, caption, model, preprocess, tokenizer, threshold=threshold, alignment=alignment, reading=reading
+    )
     return draw([pair], smooth=smooth)
 
 

@@ -34,7 +34,7 @@ def figures_table(records: Mapping[str, Any]) -> str:
                 ]
             )
         notes += [f"{name}: {note}\n" for note in record["notes"]]
-    text = markdown_table(rows)
+    text = markdown_table(rows, left=(0, 1, 4, 6))
     if sources:
         text += "\n" + "".join(f"[{number}] {source}\n" for number, source in enumerate(sources, start=1))
     return text + ("\n" + "".join(notes) if notes else "")
