@@ -1,5 +1,7 @@
 """What the fine-grained loss costs: operations, memory and time, beside what people write and beside a training step.
 
+Then what evaluation on voc20 costs beside the model's forward.
+
     python -m examples.benchmark                       every shape, float32 and bfloat16; minutes on 2 cores
     python -m examples.benchmark --shapes 64,196,77,512 --dtype float32 --repeats 5
 
@@ -31,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparc_loss import functional, fused
 
+from .segmentation_speed import segmentation_speed, show_segmentation_speed
 from .update_step import Sizes, clip_cost, fine_grained_cost, show_update_steps, update_steps
 
 SHAPES = ["64,196,77,512", "256,196,77,512", "256,49,77,512", "64,576,77,768"]
@@ -396,12 +399,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=None, metavar="N", help="of torch (default: torch's own choice)"
     )
+    parser.add_argument(
+        "--images", type=int, default=8, metavar="N", help="of voc20; 0 leaves it out (default: %(default)s)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, most of the running time")
-    parser.add_argument("--quick", action="store_true", help="one tiny shape, 2 rounds, no torch.compile")
+    parser.add_argument("--quick", action="store_true", help="one tiny shape, 2 rounds, no torch.compile, no voc20")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="FOLDER")
     options = parser.parse_args(arguments)
     if options.quick:
         options.shapes, options.dtype, options.repeats, options.no_compile = [(4, 9, 12, 16)], ["float32"], 2, True
+        options.images = 0
     return options
 
 
@@ -418,6 +425,9 @@ def main(arguments: list[str] | None = None) -> None:
             show(rows)
     results["table11"] = update_steps()
     show_update_steps(results["table11"])
+    if options.images:
+        results["voc20"] = segmentation_speed(options.images)
+        show_segmentation_speed(results["voc20"])
 
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

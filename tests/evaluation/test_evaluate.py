@@ -442,7 +442,7 @@ def test_families_alone_are_measured_and_nothing_is_run_for_the_others(data, mea
     assert names("hard_negatives")[0] == ["hard_negative_accuracy"]
     assert names("pointing")[0] == [name for name in measured[0] if name.endswith("pointing")]
     assert names("segmentation") == (["mean_iou_of_objects", "mean_iou"], False, ["patches", "text"])
-    assert names("image_dependence") == ([], True, ["patches", "text", "tokens"])
+    assert names("image_dependence") == ([], True, ["patches", "tokens"])
 
 
 class CountingModel(ColourModel):

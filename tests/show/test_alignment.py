@@ -90,7 +90,7 @@ def test_a_word_of_several_pieces_has_the_mean_of_their_weights(tokenizer):
     assert [word.positions for word in pair.caption.words] == [(0,), (1, 2, 3)]
     with torch.no_grad():
         surface_embeddings(model, tokenizer)
-        patches, _ = model.encode_patches(preprocess(picture()).unsqueeze(0), reading=reading)
+        patches, _ = model.encode_patches(preprocess(picture()).unsqueeze(0))
         tokens, _ = model.encode_tokens(tokenizer(["a dog's"]))
     weights = alignment_weights(token_patch_similarity(tokens, patches))[0]
     torch.testing.assert_close(pair.weights[1].flatten(), (weights[1] + weights[2] + weights[3]) / 3)

@@ -157,7 +157,8 @@ class _Dense:
         self.dependence: list[ImageDependence] = []
         scale = options.fine_grained_scale
         self.scale = encoder.model.logit_scale.exp().float().cpu() if scale is None else scale
-        self.class_features = encoder.classes(data.classes, options.templates) if data.classes else None
+        named = data.classes and ("classification" in options.families or "segmentation" in options.families)
+        self.class_features = encoder.classes(data.classes, options.templates) if named else None
         self.families = options.families
         phrases = sorted(
             {each.phrase for objects in data.objects for each in objects} if "pointing" in self.families else ()
