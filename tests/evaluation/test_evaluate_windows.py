@@ -192,6 +192,7 @@ def test_a_window_that_the_tower_does_not_take_is_refused(data):
         ({"background_threshold": 2}, "background_threshold is 2; expected a number between 0 and 1"),
         ({"minimal_area": -0.1}, "minimal_area is -0.1; expected a number between 0 and 1"),
         ({"classes_offered": "some"}, "classes_offered is 'some'; expected one of 'all', 'present'"),
+        ({"ignored_values": (0, 256)}, "ignored_values is [0, 256]; expected values of 0 to 255"),
         ({"reading": "first"}, "reading is 'first'; expected one of 'last', 'value', 'self', 'clear'"),
     ],
 )

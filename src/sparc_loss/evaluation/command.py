@@ -266,6 +266,7 @@ def _add_suite_flags(parser: ArgumentParser) -> None:
     add("--stride", type=int, metavar="N", help="pixels from one window to the next")
     add("--logit-scale", type=float, metavar="X", help="factor of the cosines before the softmax over the names")
     add("--minimal-area", type=float, metavar="X", help="take out classes with no larger share of an image's objects")
+    add("--ignored-values", type=int, nargs="+", metavar="N", help="of masks: pixels left out, such as 0 255")
     add("--classes-offered", choices=OFFERED, help="to each image: all classes, or those present in its mask")
 
 

@@ -78,6 +78,7 @@ class Encoder:
                 templates,
                 num_classes_per_batch=max(1, self.batch_size // len(templates)),
                 device=self.device,
+                use_tqdm=self.progress,
             )
         features: Tensor = weights.T.float().cpu()
         return features

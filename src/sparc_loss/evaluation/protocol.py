@@ -16,6 +16,7 @@ PROTOCOL_FIELDS = (
     "background_threshold",
     "minimal_area",
     "classes_offered",
+    "ignored_values",
 )
 """The fields of a Protocol that an argument of the same name sets; `templates` and `classes` name files."""
 
@@ -39,6 +40,7 @@ class Protocol:
         background_threshold: probability below which a pixel is background; 0 is none.
         minimal_area: a class with no larger share of an image's pixels of classes is taken out of it; 0 is none.
         classes_offered: "all", or "present": those of the image's mask, as SPARC's authors measure.
+        ignored_values: values of the masks whose pixels are left out; None is those of the data set.
     """
 
     classes: tuple[tuple[str, ...], ...]
@@ -52,6 +54,7 @@ class Protocol:
     background_threshold: float = 0.0
     minimal_area: float = 0.0
     classes_offered: str = "all"
+    ignored_values: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_whole_number("short_side", self.short_side, 1)
@@ -62,6 +65,8 @@ class Protocol:
         check_number("background_threshold", self.background_threshold, 0, 1)
         check_number("minimal_area", self.minimal_area, 0, 1)
         check_choice("classes_offered", self.classes_offered, OFFERED)
+        if any(not 0 <= value <= 255 for value in self.ignored_values or ()):
+            raise ValueError(f"ignored_values is {list(self.ignored_values or ())}; expected values of 0 to 255")
         if self.window and self.stride > self.window:
             raise ValueError(
                 f"stride is {self.stride}, window {self.window}; expected a stride no larger, or pixels are left out"
@@ -88,6 +93,8 @@ class Protocol:
             parts.append(f"areas above {self.minimal_area:g}")
         if self.classes_offered != "all":
             parts.append("classes present only")
+        if self.ignored_values is not None:
+            parts.append(f"ignored {', '.join(map(str, self.ignored_values))}")
         return ", ".join(parts)
 
     def record(self) -> dict[str, Any]:

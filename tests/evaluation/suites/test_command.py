@@ -101,7 +101,7 @@ def test_each_suite_by_its_command(evaluate, tmp_path, suite):
         assert 0 <= figure["value"] <= 1
     if suite not in ("aro", "sugarcrepe"):
         assert {figure["images"] for figure in record["figures"].values()} == {IMAGES.get(suite, 3)}
-    assert record["settings"]["versions"]["open_clip_torch"] == open_clip.__version__
+    assert record["settings"]["versions"]["open_clip"] == open_clip.__version__
 
 
 @pytest.mark.slow
@@ -172,6 +172,16 @@ def test_fields_of_the_protocol_by_flags(evaluate, tmp_path):
     expected = {"short_side": 40, "window": 32, "stride": 16, "reading": "value", "logit_scale": 30.0}
     expected |= {"background_threshold": 0.05, "minimal_area": 0.01, "classes_offered": "present"}
     assert {name: protocol[name] for name in expected} == expected
+
+
+def test_other_values_of_masks_can_be_ignored(evaluate, tmp_path, capsys):
+    evaluate("voc20", "--ignored-values", "0", "255", "20")
+    protocol = records(tmp_path)["voc20"]["settings"]["protocol"]
+    assert protocol["ignored_values"] == [0, 255, 20]
+    assert records(tmp_path)["voc20"]["protocol"].endswith(", ignored 0, 255, 20")
+    with pytest.raises(SystemExit):
+        evaluate("voc20", "--ignored-values", "0")
+    assert "has the value 255; expected 1 to 20 (classes) or 0" in capsys.readouterr().err
 
 
 def test_the_iou_of_each_class_is_in_the_json(evaluate, tmp_path):

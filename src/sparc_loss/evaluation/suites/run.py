@@ -7,7 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +55,8 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
     """
     suites = [_suite(name) for name in args.suite.split(",")]
     changes = {name: getattr(args, name) for name in PROTOCOL_FIELDS if getattr(args, name) is not None}
+    if "ignored_values" in changes:
+        changes["ignored_values"] = tuple(changes["ignored_values"])
     classes = split_names(read_lines(args.classes)) if args.classes else None
     _check_used(suites, {**changes, **({"classes": classes} if classes else {})}, templates)
     root = Path(args.data_root)
@@ -70,7 +72,7 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
         is_known = suite.name in known and known[suite.name].get("settings") == settings
         data: dict[str, EvaluationData] = {}
         if not is_known:
-            data = {part: _limited(each, args.limit) for part, each in suite.read(folder).items()}
+            data = {part: _prepared(each, args.limit, protocol) for part, each in suite.read(folder).items()}
         notes = [*folder.notes, *(note for each in data.values() for note in each.notes)]
         if protocol is not None and protocol != suite.protocols[args.protocol]:
             notes.append(f"the protocol differs from {args.protocol}, with which the published figures were taken")
@@ -164,7 +166,9 @@ def _protocol(
     return protocol
 
 
-def _limited(data: EvaluationData, limit: int | None) -> EvaluationData:
+def _prepared(data: EvaluationData, limit: int | None, protocol: Protocol | None) -> EvaluationData:
+    if protocol is not None and protocol.ignored_values is not None:
+        data.mask_coding = replace(data.mask_coding, ignored=protocol.ignored_values)
     return data if limit is None else data.first(limit)
 
 
@@ -189,12 +193,13 @@ def _settings(args: Namespace, suite: Suite, protocol: Protocol | None, template
             settings["reading"] = args.reading or "last"
             settings["tokens"] = args.sparc_tokens or "words"
         if "faithfulness" in suite.families:
-            settings["nouns_and_adjectives"] = args.nouns_and_adjectives
-    packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
+            nouns = args.nouns_and_adjectives
+            settings["nouns_and_adjectives"] = read_lines(nouns) if nouns else None
     settings["versions"] = {
         "sparc_loss": __version__,
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        # Of the modules themselves: a checkout may come before an installed release.
+        **{name: import_module(name).__version__ for name in ("torch", "torchvision", "timm", "open_clip", "PIL")},
     }
     return json.loads(json.dumps(settings))
 
