@@ -140,16 +140,26 @@ def image_contrastive(
     logit_scale: float,
     image_negatives: int,
     reduction: str = "token",
+    direction: str = "text_to_image",
     **options: object,
 ) -> float:
-    """Cross-entropy of every caption over the scores of its image and of the next ones."""
+    """Cross-entropy of every caption over the scores of its image and of the next ones; and of every image over those
+    of its caption and of the ones before.
+    """
     scores = image_scores(patch_features, token_features, token_mask, **options)
     batch, terms = len(scores), []
-    for i, row in enumerate(scores):
-        if row[i] is None:
+    for i in range(batch):
+        own = scores[i][i]
+        if own is None:
             continue
-        images = [row[(i + k) % batch] for k in range(1 + image_negatives)]
-        terms.append(math.log(math.fsum(math.exp(logit_scale * (s - row[i])) for s in images if s is not None)))
+        contrasted = [[scores[i][(i + k) % batch] for k in range(1 + image_negatives)]]
+        if direction == "both":
+            contrasted.append([scores[(i - k) % batch][i] for k in range(1 + image_negatives)])
+        entropies = [
+            math.log(math.fsum(math.exp(logit_scale * (s - own)) for s in ones if s is not None))
+            for ones in contrasted
+        ]
+        terms.append(math.fsum(entropies) / len(entropies))
     return math.fsum(terms) / (max(len(terms), 1) if reduction == "token" else batch)
 
 

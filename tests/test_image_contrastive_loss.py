@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 from sparc_loss.functional import (
     ALIGNMENTS,
+    DIRECTIONS,
     REDUCTIONS,
     alignment_scores,
     alignment_weights,
@@ -56,6 +57,11 @@ def arrays(batch: Batch) -> dict[str, Any]:
 
 
 every_implementation = pytest.mark.parametrize("loss", IMAGE_CONTRASTS.values(), ids=IMAGE_CONTRASTS)
+every_direction = pytest.mark.parametrize(
+    "loss",
+    [partial(loss, direction=direction) for loss in IMAGE_CONTRASTS.values() for direction in DIRECTIONS],
+    ids=[f"{name}, {direction}" for name in IMAGE_CONTRASTS for direction in DIRECTIONS],
+)
 
 
 # The value and the gradient
@@ -74,16 +80,16 @@ def test_two_images_of_one_patch_by_hand(loss: Callable[..., Tensor]) -> None:
     assert found.item() == pytest.approx((math.log1p(math.exp(-6.0)) + math.log1p(math.exp(-3.0))) / 2)
 
 
-@every_implementation
+@every_direction
 @given(drawn=contrasted())
 @hypothesis_settings(max_examples=100)
 def test_equals_the_slow_reference(loss: Callable[..., Tensor], drawn: tuple[Batch, int]) -> None:
     batch, negatives = drawn
-    expected = reference.image_contrastive(**arrays(batch), image_negatives=negatives)
+    expected = reference.image_contrastive(**arrays(batch), image_negatives=negatives, **loss.keywords)
     close(loss(**vars(batch), image_negatives=negatives).item(), expected, rtol=1e-10, atol=1e-10)
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_gradient_is_that_of_the_slow_reference(
@@ -99,18 +105,18 @@ def test_the_gradient_is_that_of_the_slow_reference(
 
     for name, value in inputs.items():
         directions = torch.randn(4, *value.shape, dtype=torch.float64)
-        slopes = [slope(batch, name, direction.numpy()) for direction in directions]
+        slopes = [slope(batch, name, direction.numpy(), loss.keywords) for direction in directions]
         expected = [(value.grad * direction).sum().item() for direction in directions]
         assert slopes == pytest.approx(expected, rel=1e-9, abs=1e-10)
 
 
-def slope(batch: Batch, name: str, direction: np.ndarray, step: float = 1e-3) -> float:
+def slope(batch: Batch, name: str, direction: np.ndarray, options: dict[str, Any], step: float = 1e-3) -> float:
     """Derivative of the slow reference along a direction, by differences of sixth order."""
     arguments = arrays(batch)
 
     def moved(by: float) -> float:
         changed = {**arguments, name: arguments[name] + by * direction}
-        return reference.image_contrastive(**changed, image_negatives=2)
+        return reference.image_contrastive(**changed, image_negatives=2, **options)
 
     differences = [moved(k * step) - moved(-k * step) for k in (1, 2, 3)]
     return sum(weight * each for weight, each in zip((45, -9, 1), differences, strict=True)) / (60 * step)
@@ -132,7 +138,7 @@ def test_eager_has_second_derivatives() -> None:
 # What must hold for every input
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize(
     "invariant", [*INVARIANTS, padding_patches_changes_nothing], ids=lambda invariant: invariant.__name__
 )
@@ -147,7 +153,7 @@ def test_holds_the_invariants_with_all_other_images_as_negatives(
     invariant(partial(loss, image_negatives=negatives, **options), batch)
 
 
-@every_implementation
+@every_direction
 @given(drawn=contrasted(), steps=st.integers(1, 8))
 @hypothesis_settings(max_examples=40)
 def test_rolling_the_batch_changes_nothing(loss: Callable[..., Tensor], drawn: tuple[Batch, int], steps: int) -> None:
@@ -190,7 +196,7 @@ def score(batch: Batch, patches: Tensor) -> Tensor:
     return alignment_scores(language_grouped_embeddings(weights, patches), tokens, mask)[0]
 
 
-@every_implementation
+@every_direction
 @given(drawn=contrasted())
 @hypothesis_settings(max_examples=40)
 def test_lies_between_zero_and_its_bound(loss: Callable[..., Tensor], drawn: tuple[Batch, int]) -> None:
@@ -222,6 +228,38 @@ def test_captions_weigh_the_same_whatever_their_length(loss: Callable[..., Tenso
 
 
 @every_implementation
+def test_both_directions_by_hand(loss: Callable[..., Tensor]) -> None:
+    """Three captions of one token, three images of one patch, so that a score is a cosine; K = 1."""
+    angles = torch.tensor([[0.0, 0.3, 1.0], [0.2, 0.5, 1.6]], dtype=torch.float64)  # of captions, of images
+    tokens, patches = (torch.stack([each.cos(), each.sin()], dim=-1)[:, None] for each in angles)
+    cosine = (angles[0, :, None] - angles[1]).cos().tolist()
+    terms = []
+    for i in range(3):
+        after, before = cosine[i][(i + 1) % 3], cosine[(i - 1) % 3][i]
+        terms += [math.log1p(math.exp(4 * (other - cosine[i][i]))) for other in (after, before)]
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    found = loss(patches, tokens, mask, 4.0, 1, direction="both")
+    assert found.item() == pytest.approx(sum(terms) / 6)
+    assert loss(patches, tokens, mask, 4.0, 1).item() == pytest.approx(sum(terms[::2]) / 3)
+
+
+@every_implementation
+def test_in_both_directions_a_caption_without_a_token_is_no_negative(loss: Callable[..., Tensor]) -> None:
+    batch = random_batch([3, 0, 2])
+    found = loss(**vars(batch), image_negatives=2, direction="both")
+    forwards = loss(**vars(batch), image_negatives=2)
+    # Image 0 is told from caption 2 alone, and image 2 from caption 0.
+    scores = [[score(of(batch, caption), batch.patch_features[image]) for image in (0, 2)] for caption in (0, 2)]
+    backwards = (F.softplus(10 * (scores[1][0] - scores[0][0])) + F.softplus(10 * (scores[0][1] - scores[1][1]))) / 2
+    close(found, (forwards + backwards) / 2)
+
+
+def of(batch: Batch, caption: int) -> Batch:
+    """With this caption first."""
+    return batch.but(token_features=batch.token_features[caption:], token_mask=batch.token_mask[caption:])
+
+
+@every_implementation
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_caption_without_a_token_adds_nothing_but_its_image_is_a_negative(
     loss: Callable[..., Tensor], reduction: str
@@ -232,7 +270,7 @@ def test_a_caption_without_a_token_adds_nothing_but_its_image_is_a_negative(
     assert batch.patch_features.grad[1].any()
 
 
-@every_implementation
+@every_direction
 def test_an_image_without_a_patch_is_no_negative_and_its_caption_does_not_count(loss: Callable[..., Tensor]) -> None:
     batch = random_batch([3, 2, 4])
     patch_mask = torch.ones(3, 6, dtype=torch.bool)
@@ -246,7 +284,7 @@ def test_an_image_without_a_patch_is_no_negative_and_its_caption_does_not_count(
     close(found.detach(), loss(**vars(batch.but(**others)), image_negatives=1))
 
 
-@every_implementation
+@every_direction
 def test_a_caption_whose_negatives_all_lack_patches_is_told_at_no_cost(loss: Callable[..., Tensor]) -> None:
     batch = random_batch([3, 2])
     patch_mask = torch.tensor([[True] * 6, [False] * 6])
@@ -269,7 +307,7 @@ def test_regions_hold_for_the_own_image_only(loss: Callable[..., Tensor]) -> Non
     close(found, F.softplus(batch.logit_scale * margin))
 
 
-@every_implementation
+@every_direction
 def test_a_token_that_may_use_no_patch_of_its_own_image_does_not_count(loss: Callable[..., Tensor]) -> None:
     batch = random_batch([4, 3])
     region_mask = torch.ones(2, 4, 6, dtype=torch.bool)
@@ -282,7 +320,7 @@ def test_a_token_that_may_use_no_patch_of_its_own_image_does_not_count(loss: Cal
     )
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_batch_without_a_token_is_zero_and_attached_to_the_graph(
     loss: Callable[..., Tensor], reduction: str
@@ -296,7 +334,7 @@ def test_a_batch_without_a_token_is_zero_and_attached_to_the_graph(
     assert all((leaf.grad == 0).all() for leaf in (batch.patch_features, batch.token_features, scale))
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_in_another_image_shows(loss: Callable[..., Tensor], value: float) -> None:
     batch = random_batch([2, 0])
@@ -307,7 +345,7 @@ def test_nan_in_another_image_shows(loss: Callable[..., Tensor], value: float) -
 # Precision
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_features_are_computed_in_float32_and_their_gradients_rounded_once(
@@ -328,7 +366,7 @@ def test_low_precision_features_are_computed_in_float32_and_their_gradients_roun
         assert torch.equal(getattr(low, name).grad, getattr(single, name).grad.to(dtype))
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e-12, 1e15])
 def test_features_of_any_magnitude_give_a_finite_loss(loss: Callable[..., Tensor], scale: float) -> None:
     batch = random_batch([4, 2, 3], torch.float32)
@@ -360,6 +398,7 @@ def test_features_of_any_magnitude_give_a_finite_loss(loss: Callable[..., Tensor
         ({"threshold": 1.5}, ValueError, "threshold is 1.5; expected a number between 0 and 1"),
         ({"alignment": "max"}, ValueError, "alignment is 'max'; expected one of 'sparse', 'dense', 'softmax'"),
         ({"reduction": "mean"}, ValueError, "reduction is 'mean'; expected one of 'token', 'sample'"),
+        ({"direction": "one"}, ValueError, "direction is 'one'; expected one of 'text_to_image', 'both'"),
     ],
     ids=str,
 )
@@ -377,7 +416,7 @@ def test_bad_input_is_refused_by_name(
         loss(**arguments | changed)
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @given(batch=batches())
 @hypothesis_settings(max_examples=20)
@@ -391,7 +430,7 @@ def test_a_batch_with_too_few_other_images_is_contrasted_with_those_it_has(
     close(loss(**vars(batch), image_negatives=others + 5), expected)
 
 
-@every_implementation
+@every_direction
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_batch_of_one_pair_gives_zero_with_a_zero_gradient(loss: Callable[..., Tensor], reduction: str) -> None:
     batch = random_batch([3]).but(reduction=reduction)

@@ -89,6 +89,7 @@ class Setting:
     wrapper: str = "DDP"
     accum_freq: int = 1
     image_negatives: int = 0
+    image_contrastive_direction: str = "text_to_image"
 
 
 def train_step(setting: Setting, batch: dict[str, Tensor], rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
@@ -100,7 +101,9 @@ def train_step(setting: Setting, batch: dict[str, Tensor], rank: int = 0, world_
         global_loss = SigLipLoss(**ranks)
     else:
         global_loss = ClipLoss(local_loss=setting.local_loss, gather_with_grad=True, **ranks)
-    options = {"reduction": setting.reduction, "image_negatives": setting.image_negatives}
+    options = {
+        name: getattr(setting, name) for name in ("reduction", "image_negatives", "image_contrastive_direction")
+    }
     loss = SparcLoss(**options, gather_with_grad=True, global_loss=global_loss, **ranks)
     total = _accumulate(WRAPPERS[setting.wrapper](model), loss, batch, setting.accum_freq)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -33,9 +33,11 @@ from sparc_loss._masks import usable_patches, valid_tokens, zero_where_masked
 
 Alignment = Literal["sparse", "dense", "softmax"]
 Reduction = Literal["token", "sample"]
+Direction = Literal["text_to_image", "both"]
 
 ALIGNMENTS: tuple[Alignment, ...] = ("sparse", "dense", "softmax")
 REDUCTIONS: tuple[Reduction, ...] = ("token", "sample")
+DIRECTIONS: tuple[Direction, ...] = ("text_to_image", "both")
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,7 @@ def image_contrastive_loss(
     threshold: float | None = None,
     alignment: Alignment = "sparse",
     reduction: Reduction = "token",
+    direction: Direction = "text_to_image",
     patch_mask: Tensor | None = None,
     region_mask: Tensor | None = None,
 ) -> Tensor:
@@ -292,6 +295,14 @@ def image_contrastive_loss(
     next K pairs, where the first pair follows the last. If the batch has fewer than K other images, it scores all of
     them. The loss is the cross-entropy over the 1 + K scores * logit_scale, with the own image as target. In a batch
     of one pair the loss and its gradient are 0.
+
+    With `direction="both"` the same scores are also read by images: image k is scored by its own caption and by those
+    of the K pairs before it, and its own caption is the target. The loss is the mean of the two cross-entropies, as
+    CLIP's is. A caption without a valid token is no negative.
+
+    To contrast the alignment of captions and images is older than this package: SCAN (Lee et al., ECCV 2018),
+    Info-Ground (Gupta et al., arXiv 2006.09920), OVR-CNN (Zareian et al., arXiv 2011.10678). The alignment by SPARC's
+    weights, and K images of the own batch instead of all pairs, are ours.
 
     Valid tokens are those of `fine_grained_loss`. `region_mask` applies to the own image only: in other images every
     patch may be used. An image without a valid patch is not used as a negative.
@@ -306,6 +317,7 @@ def image_contrastive_loss(
         alignment: "sparse", "dense" or "softmax", see `alignment_weights`.
         reduction: "token" is the mean over the captions with a valid token; "sample" over all B captions, where the
             others are 0.
+        direction: "text_to_image", or "both".
         patch_mask: bool [B, P], False for padding patches.
         region_mask: bool [B, L, P], True for the patches of its own image that a token may use; a token that may use
             none is not valid.
@@ -315,8 +327,8 @@ def image_contrastive_loss(
 
     Raises:
         TypeError: features not floating point, a mask not bool, a threshold or K that is not a (whole) number.
-        ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment or reduction, a
-            logit_scale of several elements, a K below 1.
+        ValueError: wrong shapes or devices, a threshold outside [0, 1], an unknown alignment, reduction or direction,
+            a logit_scale of several elements, a K below 1.
 
     Example:
         >>> patches, tokens = torch.randn(4, 49, 16), torch.randn(4, 7, 16)
@@ -327,6 +339,7 @@ def image_contrastive_loss(
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("alignment", alignment, ALIGNMENTS)
+    check_choice("direction", direction, DIRECTIONS)
     images_per_caption = 1 + available_negatives(image_negatives, len(patch_features))
     token_mask = valid_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
     patch_features = zero_where_masked(patch_features, patch_mask)
@@ -349,8 +362,22 @@ def image_contrastive_loss(
         logits = logits.masked_fill(~patch_mask.any(dim=1)[images], torch.finfo(logits.dtype).min)
 
     captions = token_mask.any(dim=-1)
-    loss = (logits.logsumexp(dim=1) - logits[:, 0]).where(captions, 0)
+    loss = logits.logsumexp(dim=1) - logits[:, 0]
+    if direction == "both":
+        rows, columns = places_by_image(logits)
+        by_image = logits[rows, columns].masked_fill(~captions[rows], torch.finfo(logits.dtype).min)
+        loss = (loss + by_image.logsumexp(dim=1) - by_image[:, 0]) / 2
+    loss = loss.where(captions, 0)
     return loss.sum() / (captions.sum().clamp(min=1) if reduction == "token" else max(len(captions), 1))
+
+
+def places_by_image(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the scores of an image stand: the rows and columns, int64 [B, 1 + K] and [1 + K], of `logits` [B, 1 + K].
+
+    Column k of row i is caption i on image i + k. So column k of row j, by image, is caption j - k on image j.
+    """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    return (torch.arange(len(logits), device=logits.device)[:, None] - columns) % max(len(logits), 1), columns
 
 
 def available_negatives(image_negatives: int, batch: int) -> int:

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparc_loss import SparcLoss, functional, fused
-from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
-from sparc_loss.fused import groups
+from sparc_loss.functional import ALIGNMENTS, DIRECTIONS, REDUCTIONS
+from sparc_loss.fused import groups, image_contrast
 from sparc_loss.fused.groups import caption_slices
 
 NAMES = ("patch_features", "token_features", "logit_scale")
@@ -270,6 +270,44 @@ def test_what_waits_for_further_images_counts_in_the_workspace(images: int) -> N
     waiting = (images - 1) * length * 2 * (patches + dim)
     for group, _ in caption_slices([length] * 60, (60, patches, dim), 4, chunk_bytes, 0.5, images):
         assert 1 < group.stop - group.start <= chunk_bytes / (4 * (at_once + waiting))
+
+
+# The highest patch alone
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("padding", [0.1, 10.0])
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_highest_patch_alone_is_gathered_and_not_multiplied(padding: float, masks: bool, direction: str) -> None:
+    batch = random_batch([4, 2, 0, 3], 6, 4, 5).but(threshold=1.0)
+    if masks:
+        batch = batch.but(region_mask=torch.rand(4, 4, 6) < 0.8, patch_mask=torch.rand(4, 6) < 0.8)
+    options = {"image_negatives": 2, "direction": direction}
+    multiplied = mock.patch.object(image_contrast, "weights_and_gradient", side_effect=AssertionError("multiplied"))
+    with mock.patch.object(groups, "CPU_PADDING", padding), multiplied:
+        found = loss_and_gradients(fused, batch, 0.5, **options)
+    assert_same(found, loss_and_gradients(functional, batch, 0.5, **options), 1e-10)
+
+
+def test_patches_that_are_equally_high_share_the_weight() -> None:
+    batch = random_batch([4, 2, 3], 6, 4, 5).but(threshold=1.0)
+    batch.patch_features[1, 3] = batch.patch_features[1, 0] = 9 * batch.token_features[1, 0]
+    options = {"image_negatives": 2, "direction": "both"}
+    assert_same(loss_and_gradients(fused, batch, **options), loss_and_gradients(functional, batch, **options), 1e-10)
+
+
+def test_the_highest_patch_alone_costs_one_product_an_image() -> None:
+    batch = random_batch([5] * 8, 20, 5, 16, torch.float32)
+
+    def flops(threshold: float, **options: object) -> int:
+        with FlopCounterMode(display=False) as counter:
+            loss_and_gradients(fused, batch.but(threshold=threshold), image_negatives=3, **options)
+        return counter.get_total_flops()
+
+    product = 2 * 4 * 8 * 5 * 20 * 16  # of 4 images, 8 captions, 5 tokens, 20 patches, 16 dimensions
+    assert [flops(threshold) / product for threshold in (1.0, 0.5)] == [1, 6]
+    # All scores come before any gradient. What was the highest is remembered, weights are computed again.
+    assert [flops(threshold, direction="both") / product for threshold in (1.0, 0.5)] == [1, 8]
 
 
 # The choice in SparcLoss

@@ -206,6 +206,19 @@ def test_settings_reach_the_contrast_with_other_images(
     assert not torch.equal(term, image_contrastive(outputs, 2))
 
 
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def test_a_threshold_and_a_direction_of_the_contrast_alone(outputs: dict[str, Tensor], implementation: str) -> None:
+    own = {"image_contrastive_threshold": 1.0, "image_contrastive_direction": "both"}
+    plain = SparcLoss(implementation=implementation, threshold=0.3)(**outputs, output_dict=True)
+    loss = SparcLoss(implementation=implementation, threshold=0.3, image_negatives=2, **own)
+    terms = loss(**outputs, output_dict=True)
+    assert torch.equal(terms["fine_grained_loss"], plain["fine_grained_loss"])
+    expected = image_contrastive(outputs, 2, threshold=1.0, direction="both")
+    assert_close(terms["image_contrastive_loss"], expected)
+    assert not torch.isclose(expected, image_contrastive(outputs, 2, threshold=1.0))
+    assert not torch.isclose(expected, image_contrastive(outputs, 2, threshold=0.3, direction="both"))
+
+
 @pytest.mark.parametrize(("mask", "shape"), [("patch_mask", (B, P)), ("region_mask", (B, L, P))])
 def test_masks_reach_the_contrast_with_other_images(
     outputs: dict[str, Tensor], mask: str, shape: tuple[int, ...]
@@ -363,7 +376,8 @@ def test_prints_its_settings() -> None:
     loss = SparcLoss(alignment="dense", image_negatives=3, image_contrastive_weight=0.25)
     assert loss.extra_repr() == (
         "global_weight=0.5, fine_grained_weight=1.0, threshold=None, alignment='dense', reduction='token', "
-        "fine_grained_scale=None, image_negatives=3, image_contrastive_weight=0.25"
+        "fine_grained_scale=None, image_negatives=3, image_contrastive_weight=0.25, "
+        "image_contrastive_threshold=None, image_contrastive_direction='text_to_image'"
     )
 
 
@@ -498,6 +512,16 @@ def test_other_caption_lengths_compile_nothing_anew(outputs: dict[str, Tensor], 
         ({"fine_grained_scale": 0}, ValueError, "fine_grained_scale is 0; expected a number above 0"),
         ({"fine_grained_scale": -1.0}, ValueError, "fine_grained_scale is -1.0; expected a number"),
         ({"image_negatives": -1}, ValueError, "image_negatives is -1; expected a whole number of at least 0"),
+        (
+            {"image_contrastive_threshold": 1.5},
+            ValueError,
+            "image_contrastive_threshold is 1.5; expected a number between 0 and 1",
+        ),
+        (
+            {"image_contrastive_direction": "one"},
+            ValueError,
+            "image_contrastive_direction is 'one'; expected one of 'text_to_image', 'both'",
+        ),
         ({"image_negatives": 1.5}, TypeError, "image_negatives is 1.5 (float); expected a whole number"),
         (
             {"image_contrastive_weight": -1},

@@ -30,12 +30,18 @@ ACCUMULATED = {
     for lengths, reduction in product(LENGTHS, ("token", "sample"))
 }
 CONTRASTED = {
-    f"{lengths}, {reduction}, image_negatives 2, accum_freq {accum_freq}": Setting(
-        lengths, reduction=reduction, accum_freq=accum_freq, image_negatives=2
+    f"{lengths}, {reduction}, image_negatives 2, {direction}, accum_freq {accum_freq}": Setting(
+        lengths,
+        reduction=reduction,
+        accum_freq=accum_freq,
+        image_negatives=2,
+        image_contrastive_direction=direction,
     )
-    for lengths, reduction, accum_freq in [
-        *product(LENGTHS, ("token", "sample"), (1,)),
-        ("very different lengths", "token", 3),
+    for lengths, reduction, direction, accum_freq in [
+        *product(LENGTHS, ("token", "sample"), ("text_to_image",), (1,)),
+        ("very different lengths", "token", "text_to_image", 3),
+        ("very different lengths", "token", "both", 1),
+        ("very different lengths", "sample", "both", 3),
     ]
 }
 
@@ -106,7 +112,8 @@ def contrasted_on_one_process(setting: Setting, world_size: int) -> dict[str, Te
         output = model(part["images"], part["texts"])
         masks = {name: part[name] for name in ("token_mask", "region_mask")}
         features = {name: output[name] for name in ("patch_features", "token_features", "logit_scale")}
-        parts.append(image_contrastive_loss(**features, **masks, image_negatives=2, reduction=setting.reduction))
+        options = {"reduction": setting.reduction, "direction": setting.image_contrastive_direction}
+        parts.append(image_contrastive_loss(**features, **masks, image_negatives=2, **options))
         counts = (part["token_mask"][..., None] & part["region_mask"]).any(dim=2).any(dim=1).sum()
         numbers.append(counts if setting.reduction == "token" else torch.tensor(1))
     term = sum(loss * number for loss, number in zip(parts, numbers, strict=True)) / max(sum(numbers), 1)
@@ -130,7 +137,7 @@ def test_ranks_contrast_with_their_own_images_and_average_over_the_captions_of_a
 
 
 def test_the_contrast_with_other_images_changes_the_gradient_of_every_rank(ranks: list[dict[str, dict]]) -> None:
-    name = "very different lengths, token, image_negatives 2, accum_freq 1"
+    name = "very different lengths, token, image_negatives 2, text_to_image, accum_freq 1"
     plain = on_one_process(replace(CONTRASTED[name], image_negatives=0), len(ranks))
     for result in ranks:
         assert (result[name]["image.weight"] - plain["image.weight"]).abs().max() > 1e-3

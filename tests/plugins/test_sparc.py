@@ -57,10 +57,12 @@ def test_every_flag_reaches_the_loss():
     flags = "--sparc-global-weight 2 --sparc-fine-grained-weight 3 --sparc-threshold 0.25 --sparc-alignment dense"
     flags += " --sparc-reduction sample --sparc-fine-grained-scale 20"
     flags += " --sparc-image-negatives 3 --sparc-image-contrastive-weight 0.5"
+    flags += " --sparc-image-contrastive-threshold 1 --sparc-image-contrastive-direction both"
     loss = SPARC.create_loss(parse(*flags.split()))
     assert (loss.global_weight, loss.fine_grained_weight, loss.threshold) == (2, 3, 0.25)
     assert (loss.alignment, loss.reduction, loss.fine_grained_scale) == ("dense", "sample", 20)
     assert (loss.image_negatives, loss.image_contrastive_weight) == (3, 0.5)
+    assert (loss.image_contrastive_threshold, loss.image_contrastive_direction) == (1, "both")
 
 
 @pytest.mark.parametrize(

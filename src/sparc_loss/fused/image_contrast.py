@@ -29,11 +29,19 @@ from einops import rearrange
 from torch import Tensor
 
 from sparc_loss._arithmetic import autocast_disabled, full_precision_dtype
-from sparc_loss._checks import check_features
-from sparc_loss.functional import Alignment, AlignmentSettings, Reduction, available_negatives
+from sparc_loss._checks import check_choice, check_features
+from sparc_loss.functional import (
+    DIRECTIONS,
+    Alignment,
+    AlignmentSettings,
+    Direction,
+    Reduction,
+    available_negatives,
+    places_by_image,
+)
 from sparc_loss.fused.alignment import unit_and_norm, usable_patches_of, weights_and_gradient
 from sparc_loss.fused.function import Gradients, fused_loss
-from sparc_loss.fused.groups import Settings, groups_of
+from sparc_loss.fused.groups import Group, Settings, groups_of
 
 
 # As for the fine-grained loss, torch.compile breaks its graph here.
@@ -48,6 +56,7 @@ def image_contrastive_loss(
     threshold: float | None = None,
     alignment: Alignment = "sparse",
     reduction: Reduction = "token",
+    direction: Direction = "text_to_image",
     patch_mask: Tensor | None = None,
     region_mask: Tensor | None = None,
     chunk_bytes: int | None = None,
@@ -64,7 +73,9 @@ def image_contrastive_loss(
         RuntimeError: as `fused.fine_grained_loss`.
     """
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
-    function = partial(_loss_and_gradients, images=1 + available_negatives(image_negatives, len(patch_features)))
+    check_choice("direction", direction, DIRECTIONS)
+    images = 1 + available_negatives(image_negatives, len(patch_features))
+    function = partial(_loss_and_gradients, images=images, direction=direction)
     settings = AlignmentSettings(threshold, alignment, reduction)
     features = patch_features, token_features, token_mask, logit_scale
     return fused_loss(function, *features, patch_mask, region_mask, settings, chunk_bytes, recompute)
@@ -82,69 +93,100 @@ def _loss_and_gradients(
     weight: Tensor | float = 1.0,
     *,
     images: int,
+    direction: Direction,
 ) -> tuple[Tensor, Gradients]:
     """See `fused.function.LossAndGradients`; `images` is 1 + K."""
     device, dtype = patch_features.device, full_precision_dtype(patch_features, token_features)
     scale = logit_scale.detach().reshape(()).to(device, dtype)
-    loss, grad_scale = torch.zeros_like(scale), torch.zeros_like(scale)
     contiguous = torch.contiguous_format
     grad_patches = torch.zeros_like(patch_features, dtype=dtype, memory_format=contiguous) if wanted[0] else None
     grad_tokens = torch.zeros_like(token_features, memory_format=contiguous) if wanted[1] else None
     groups, _ = groups_of(valid_tokens, patch_features.shape, dtype.itemsize, settings, images)
     batch = len(valid_tokens)
+    captions = valid_tokens.any(dim=1)
     share: Tensor | float
     if settings.alignment.reduction == "token":
-        share = 1 / valid_tokens.any(dim=1).sum().clamp(min=1).to(dtype)
+        share = 1 / captions.sum().clamp(min=1).to(dtype)
     else:
         share = 1 / max(batch, 1)
-    if patch_mask is not None:
-        is_image, padding = patch_mask.any(dim=1), ~patch_mask
-        # An image without a patch is scored with all patches, and its score is masked: the gradient has no 0/0.
-        patch_mask = patch_mask | ~is_image[:, None]
+    others = (torch.arange(batch, device=device)[:, None] + torch.arange(images, device=device)) % max(batch, 1)
+    aligned = _Images(patch_features, patch_mask, region_mask, settings.alignment, dtype)
+    all_scores = torch.zeros(batch, images, dtype=dtype, device=device)
+    highest: list[list[Tensor | None]] = []
+    loss, grad_scale = torch.zeros_like(scale), torch.zeros_like(scale)
 
     with autocast_disabled(device):
-        for group in groups:
-            t = group.tokens(token_features, dtype)
-            number = group.numbers[:, None].clamp(min=1)
-            tokens = _Tokens(t, *unit_and_norm(t), share=group.valid.to(dtype) / number)
-            others = (group.captions[:, None] + torch.arange(images, device=device)) % batch
-            scored = []
-            for k, image in enumerate(others.unbind(dim=1)):
-                usable = usable_patches_of(group, image, patch_mask, region_mask if k == 0 else None)
-                v = patch_features[image].to(dtype)
-                if patch_mask is not None:
-                    v.masked_fill_(padding[image][..., None], 0)
-                scored.append(_score(v, tokens, usable, settings.alignment, any(wanted[:2])))
-            scores = torch.stack([each.score for each in scored], dim=1)
-            logits = scores * scale
-            if patch_mask is not None:
-                logits.masked_fill_(~is_image[others], -torch.inf)
-            log_sum = logits.logsumexp(dim=1)
-            is_caption = group.numbers > 0
-            loss += (log_sum - logits[:, 0]).where(is_caption, 0).sum() * share
+        if direction == "both":
+            # An image is scored by captions of other groups: its softmax needs all scores before any gradient.
+            for group in groups:
+                tokens = _tokens_of(group, token_features, dtype)
+                scored = aligned.score(group, tokens, others[group.captions], want=False)
+                all_scores[group.captions] = torch.stack([each.score for each in scored], dim=1)
+                highest.append([getattr(each, "highest", None) for each in scored])
+            loss, grad_scores, grad_scale = _contrast(
+                all_scores, scale, captions, aligned.without_patch(others), direction, share
+            )
             if not any(wanted):
-                continue
-
-            grad_logits = (logits - log_sum[:, None]).exp_()
-            grad_logits[:, 0] -= 1
-            grad_logits.masked_fill_(~is_caption[:, None], 0).mul_(share * weight)
-            grad_scale += (grad_logits * scores).sum()
-            by_score = rearrange(grad_logits * scale, "g images -> images g 1 1")
+                groups = []
+        for index, group in enumerate(groups):
+            tokens = _tokens_of(group, token_features, dtype)
+            own = others[group.captions]
+            scored = aligned.score(group, tokens, own, any(wanted[:2]), highest[index] if highest else None)
+            if direction == "both":
+                grad_group = grad_scores[group.captions]
+            else:
+                scores = torch.stack([each.score for each in scored], dim=1)
+                part, grad_group, grad_part = _contrast(
+                    scores, scale, group.numbers > 0, aligned.without_patch(own), direction, share
+                )
+                loss, grad_scale = loss + part, grad_scale + grad_part
+            by_score = rearrange(grad_group * weight, "g images -> images g 1 1")
             if grad_tokens is not None:
-                grad_t = torch.zeros_like(t)
+                grad_t = torch.zeros_like(tokens.t)
                 for w, each in zip(by_score, scored, strict=True):
                     grad_t.addcmul_(each.grad_t, w)
                 grad_tokens[group.places] = grad_t.to(grad_tokens.dtype)
             if grad_patches is not None:
-                for image, w, (_, a, g, h, _) in zip(others.unbind(1), by_score, scored, strict=True):
-                    rows = torch.cat([a, g], dim=1).mul_(w)
-                    grad_patches.index_add_(0, image, torch.bmm(rows.mT, torch.cat([h, t], dim=1)))
-            del t, tokens, v, scored  # before those of the next group
+                for image, w, each in zip(own.unbind(1), by_score, scored, strict=True):
+                    each.add_to(grad_patches, image, tokens.t, w)
+            del tokens, scored  # before those of the next group
 
-    grad_scale = grad_scale.to(logit_scale.device, logit_scale.dtype).reshape(logit_scale.shape)
+    grad_scale = (grad_scale * weight).to(logit_scale.device, logit_scale.dtype).reshape(logit_scale.shape)
     if grad_patches is not None:
         grad_patches = grad_patches.to(patch_features.dtype)
     return loss, (grad_patches, grad_tokens, grad_scale if wanted[2] else None)
+
+
+def _contrast(
+    scores: Tensor,
+    scale: Tensor,
+    captions: Tensor,
+    without_patch: Tensor | None,
+    direction: Direction,
+    share: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of scores [G, 1 + K], its gradient by them, and by the scale; all with the share of a caption in it."""
+    logits = scores * scale
+    if without_patch is not None:
+        logits.masked_fill_(without_patch, torch.finfo(logits.dtype).min)
+    loss, gradient = _cross_entropy(logits, captions)
+    if direction == "both":
+        rows, columns = places_by_image(logits)
+        by_image = logits[rows, columns].masked_fill_(~captions[rows], torch.finfo(logits.dtype).min)
+        of_images, by_images = _cross_entropy(by_image, captions)
+        loss = (loss + of_images) / 2
+        gradient[rows, columns] += by_images
+        gradient /= 2
+    gradient *= share
+    return loss.sum() * share, gradient * scale, (gradient * scores).sum()
+
+
+def _cross_entropy(logits: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row, with column 0 as target, and its gradient; 0 where there is no caption."""
+    log_sum = logits.logsumexp(dim=1)
+    gradient = (logits - log_sum[:, None]).exp_()
+    gradient[:, 0] -= 1
+    return (log_sum - logits[:, 0]).where(captions, 0), gradient.masked_fill_(~captions[:, None], 0)
 
 
 class _Tokens(NamedTuple):
@@ -156,6 +198,11 @@ class _Tokens(NamedTuple):
     share: Tensor
 
 
+def _tokens_of(group: Group, token_features: Tensor, dtype: torch.dtype) -> _Tokens:
+    t = group.tokens(token_features, dtype)
+    return _Tokens(t, *unit_and_norm(t), share=group.valid.to(dtype) / group.numbers[:, None].clamp(min=1))
+
+
 class _Score(NamedTuple):
     """Scores [G] of captions on one image each, with a, g, h and their gradient by t; see the top for the letters."""
 
@@ -165,17 +212,127 @@ class _Score(NamedTuple):
     h: Tensor
     grad_t: Tensor
 
+    def add_to(self, grad_patches: Tensor, image: Tensor, t: Tensor, w: Tensor) -> None:
+        """Add the gradient by the patches of the `image` [G] of each caption, `w` [G, 1, 1] times."""
+        rows = torch.cat([self.a, self.g], dim=1).mul_(w)
+        grad_patches.index_add_(0, image, torch.bmm(rows.mT, torch.cat([self.h, t], dim=1)))
 
-def _score(v: Tensor, tokens: _Tokens, usable: Tensor | None, settings: AlignmentSettings, want: bool) -> _Score:
+
+class _HighestScore(NamedTuple):
+    """As `_Score`, where each token has its highest patch alone: c is that patch, and g is zero.
+
+    So grad t is the part of t as c has h, and the gradient by the patches is h at the highest ones.
+    """
+
+    score: Tensor
+    highest: Tensor
+    h: Tensor
+    grad_t: Tensor
+
+    def add_to(self, grad_patches: Tensor, image: Tensor, t: Tensor, w: Tensor) -> None:
+        """As `_Score.add_to`."""
+        patches = grad_patches.shape[1]
+        places = (image[:, None] * patches + self.highest).flatten()
+        grad_patches.view(-1, grad_patches.shape[2]).index_add_(0, places, (self.h * w).flatten(0, 1))
+
+
+class _Images:
+    """The images that captions are scored on.
+
+    Args:
+        patch_features: [B, P, D].
+        patch_mask: bool [B, P] or None.
+        region_mask: bool [B, L, P] or None, of a caption's own image.
+        settings: of the alignment.
+        dtype: of the arithmetic.
+    """
+
+    def __init__(
+        self,
+        patch_features: Tensor,
+        patch_mask: Tensor | None,
+        region_mask: Tensor | None,
+        settings: AlignmentSettings,
+        dtype: torch.dtype,
+    ) -> None:
+        self.patch_features, self.region_mask, self.settings, self.dtype = patch_features, region_mask, settings, dtype
+        self.patch_mask = patch_mask
+        if patch_mask is not None:
+            self.padding, self.is_image = ~patch_mask, patch_mask.any(dim=1)
+            # An image without a patch is scored with all patches, and its score is masked: the gradient has no 0/0.
+            self.patch_mask = patch_mask | self.padding.all(dim=1, keepdim=True)
+
+    def without_patch(self, images: Tensor) -> Tensor | None:
+        """Which of the images [G, 1 + K] have no valid patch; None is none."""
+        return None if self.patch_mask is None else ~self.is_image[images]
+
+    def score(
+        self, group: Group, tokens: _Tokens, images: Tensor, want: bool, highest: list[Tensor | None] | None = None
+    ) -> "list[_Score | _HighestScore]":
+        """The scores of the group's captions on each of the images [G, 1 + K].
+
+        Args:
+            group: of captions.
+            tokens: of the group.
+            images: their numbers.
+            want: keep what the gradients need.
+            highest: for each image, the highest patches where these are known and are all that counts.
+        """
+        scored: list[_Score | _HighestScore] = []
+        for k, image in enumerate(images.unbind(dim=1)):
+            usable = usable_patches_of(group, image, self.patch_mask, self.region_mask if k == 0 else None)
+            v = self.patch_features[image].to(self.dtype)
+            if self.patch_mask is not None:
+                v.masked_fill_(self.padding[image][..., None], 0)
+            scored.append(_score(v, tokens, usable, self.settings, want, highest[k] if highest else None))
+        return scored
+
+
+def _score(
+    v: Tensor,
+    tokens: _Tokens,
+    usable: Tensor | None,
+    settings: AlignmentSettings,
+    want: bool,
+    highest: Tensor | None = None,
+) -> "_Score | _HighestScore":
     """Score the patches v [G, P, D] of one image per caption."""
-    a, similarity_gradient = weights_and_gradient(torch.bmm(tokens.t, v.mT), usable, settings)
-    c_unit, c_norm = unit_and_norm(torch.bmm(a, v))
+    if highest is None:
+        similarity = torch.bmm(tokens.t, v.mT)
+        # Elsewhere than on a CPU, to ask whether there is a tie would wait for the device.
+        if settings.alignment == "sparse" and settings.threshold == 1 and v.device.type == "cpu":
+            highest = _only_highest(similarity, usable, tokens.share > 0)
+    if highest is not None:
+        c = v.gather(1, highest[..., None].expand(-1, -1, v.shape[2]))
+        score, h, grad_t = _cosines(c, tokens, want)
+        return _HighestScore(score, highest, h, grad_t)
+    a, similarity_gradient = weights_and_gradient(similarity, usable, settings)
+    score, h, grad_t = _cosines(torch.bmm(a, v), tokens, want)
+    if not want:
+        return _Score(score, a, a, a, a)
+    g = similarity_gradient(torch.bmm(h, v.mT))
+    return _Score(score, a, g, h, torch.baddbmm(grad_t, g, v))
+
+
+def _only_highest(similarity: Tensor, usable: Tensor | None, valid: Tensor) -> Tensor | None:
+    """The highest patch [G, N] of each token; None if a valid token has several, which share its weight."""
+    lowest = similarity if usable is None else similarity.masked_fill(~usable, torch.inf)
+    if usable is not None:
+        similarity = similarity.masked_fill(~usable, -torch.inf)
+    highest, places = similarity.max(dim=-1, keepdim=True)
+    minimum = lowest.amin(dim=-1, keepdim=True)
+    # As Eq. 2 rounds: a patch that is nearly as high may also have the weight 1.
+    number = (similarity - minimum == highest - minimum).sum(dim=-1)
+    return None if ((number != 1) & valid).any() else places[..., 0]
+
+
+def _cosines(c: Tensor, tokens: _Tokens, want: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The score of groups c [G, N, D], and, if wanted, its gradients by c and, with c fixed, by the tokens."""
+    c_unit, c_norm = unit_and_norm(c)
     cosine = (c_unit * tokens.unit).sum(dim=-1)
     score = (cosine * tokens.share).sum(dim=-1)
     if not want:
-        return _Score(score, a, a, a, a)
+        return score, score, score
     cosine, share = rearrange(cosine, "b l -> b l 1"), rearrange(tokens.share, "b l -> b l 1")
     h = (tokens.unit - cosine * c_unit).mul_(share / c_norm)
-    grad_t = (c_unit - cosine * tokens.unit).mul_(share / tokens.norm)
-    g = similarity_gradient(torch.bmm(h, v.mT))
-    return _Score(score, a, g, h, torch.baddbmm(grad_t, g, v))
+    return score, h, (c_unit - cosine * tokens.unit).mul_(share / tokens.norm)

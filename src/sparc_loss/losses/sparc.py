@@ -14,7 +14,7 @@ from sparc_loss import functional, fused
 from sparc_loss._checks import check_choice, check_number, check_whole_number
 from sparc_loss._masks import valid_tokens
 from sparc_loss.diagnostics import alignment_diagnostics
-from sparc_loss.functional import Alignment, AlignmentSettings, Reduction
+from sparc_loss.functional import DIRECTIONS, Alignment, AlignmentSettings, Direction, Reduction
 from sparc_loss.losses.distributed import mean_over_ranks
 from sparc_loss.losses.objective import GlobalLossArguments, Objective
 from sparc_loss.losses.outputs import ModelOutputs
@@ -47,8 +47,11 @@ class SparcLoss(Objective):
         fine_grained_scale: 1/tau of the fine-grained half; None shares the model's learned `logit_scale` (the paper).
         image_negatives: K, the number of other images with which each caption's alignment is contrasted; it costs
             1 + K alignments. A batch with fewer other images uses all of them. 0 is the paper.
-        image_contrastive_weight: of that contrast. 0 skips its computation. Its settings are those of the
+        image_contrastive_weight: of that contrast. 0 skips its computation. Its other settings are those of the
             fine-grained half.
+        image_contrastive_threshold: sigma of Eq. 3 of that contrast; 1 keeps each token's highest patch alone. None is
+            `threshold`.
+        image_contrastive_direction: "text_to_image", or "both": images also choose among captions.
         implementation: "eager" uses `sparc_loss.functional`, differentiable to any order and compiled without a graph
             break. "fused" uses `sparc_loss.fused`, cheaper, with first derivatives only and a graph break under
             torch.compile. "auto" uses "fused" on the CPU and on CUDA, and "eager" on other devices, in torch.compile,
@@ -83,6 +86,8 @@ class SparcLoss(Objective):
         "fine_grained_scale",
         "image_negatives",
         "image_contrastive_weight",
+        "image_contrastive_threshold",
+        "image_contrastive_direction",
     )
 
     def __init__(
@@ -95,6 +100,8 @@ class SparcLoss(Objective):
         fine_grained_scale: float | None = None,
         image_negatives: int = 0,
         image_contrastive_weight: float = 1.0,
+        image_contrastive_threshold: float | None = None,
+        image_contrastive_direction: Direction = "text_to_image",
         implementation: Implementation = "auto",
         diagnostics: bool = False,
         metrics: bool | None = None,
@@ -105,6 +112,9 @@ class SparcLoss(Objective):
         check_choice("implementation", implementation, IMPLEMENTATIONS)
         check_whole_number("image_negatives", image_negatives, 0)
         check_number("image_contrastive_weight", image_contrastive_weight, 0)
+        if image_contrastive_threshold is not None:
+            check_number("image_contrastive_threshold", image_contrastive_threshold, 0, 1)
+        check_choice("image_contrastive_direction", image_contrastive_direction, DIRECTIONS)
         if metrics is not None:
             warnings.warn("SparcLoss(metrics=...) is now diagnostics=...", DeprecationWarning, stacklevel=2)
 
@@ -113,6 +123,8 @@ class SparcLoss(Objective):
         self.reduction = reduction
         self.image_negatives = image_negatives
         self.image_contrastive_weight = image_contrastive_weight
+        self.image_contrastive_threshold = image_contrastive_threshold
+        self.image_contrastive_direction = image_contrastive_direction
         self.implementation = implementation
         self.diagnostics = diagnostics if metrics is None else metrics
         self._logged: set[str] = set()
@@ -132,7 +144,13 @@ class SparcLoss(Objective):
             return {}
         fuse = self._fuses(outputs)
         function = fused.image_contrastive_loss if fuse else functional.image_contrastive_loss
-        settings = {**self._settings(), "image_negatives": self.image_negatives}
+        settings = {
+            **self._settings(),
+            "image_negatives": self.image_negatives,
+            "direction": self.image_contrastive_direction,
+        }
+        if self.image_contrastive_threshold is not None:
+            settings["threshold"] = self.image_contrastive_threshold
         loss = function(**_local(outputs), logit_scale=outputs.logit_scale, **settings)
         if self.reduction == "token" and self.world_size > 1:
             loss = mean_over_ranks(loss, _valid_tokens(outputs).any(dim=1).sum(), self.world_size)

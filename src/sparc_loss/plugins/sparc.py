@@ -8,7 +8,7 @@ import open_clip
 from torch import nn
 
 from sparc_loss._checks import check_number
-from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
+from sparc_loss.functional import ALIGNMENTS, DIRECTIONS, REDUCTIONS
 from sparc_loss.losses import SparcLoss
 from sparc_loss.monitoring import probe_every
 from sparc_loss.monitoring.guard import training_goes_on
@@ -44,6 +44,16 @@ FLAGS = (
         metavar="K",
     ),
     Flag("image_contrastive_weight", "weight of that contrast", check=number_of_at_least_0),
+    Flag(
+        "image_contrastive_threshold",
+        "sigma of that contrast; 1 keeps the highest patch alone (default: --sparc-threshold)",
+        check=lambda name, value: check_number(name, value, 0, 1),
+    ),
+    Flag(
+        "image_contrastive_direction",
+        "whether only captions choose among images, or images among captions too",
+        choices=DIRECTIONS,
+    ),
 )
 FLAGS_OF_THE_RUN = (
     Flag(
