@@ -306,7 +306,7 @@ def test_the_highest_patch_alone_costs_one_product_an_image() -> None:
 
     product = 2 * 4 * 8 * 5 * 20 * 16  # of 4 images, 8 captions, 5 tokens, 20 patches, 16 dimensions
     assert [flops(threshold) / product for threshold in (1.0, 0.5)] == [1, 6]
-    # All scores come before any gradient. What was the highest is remembered, weights are computed again.
+    # All scores come before any gradient: which patch was the highest is remembered, weights are computed again.
     assert [flops(threshold, direction="both") / product for threshold in (1.0, 0.5)] == [1, 8]
 
 

@@ -37,11 +37,12 @@ from sparc_loss.functional import (
     Direction,
     Reduction,
     available_negatives,
-    places_by_image,
 )
 from sparc_loss.fused.alignment import unit_and_norm, usable_patches_of, weights_and_gradient
+from sparc_loss.fused.contrast import contrast
 from sparc_loss.fused.function import Gradients, fused_loss
 from sparc_loss.fused.groups import Group, Settings, groups_of
+from sparc_loss.fused.highest_patch import highest_patch_loss_and_gradients
 
 
 # As for the fine-grained loss, torch.compile breaks its graph here.
@@ -96,6 +97,13 @@ def _loss_and_gradients(
     direction: Direction,
 ) -> tuple[Tensor, Gradients]:
     """See `fused.function.LossAndGradients`; `images` is 1 + K."""
+    alignment = settings.alignment
+    if alignment.alignment == "sparse" and alignment.threshold == 1 and patch_features.device.type == "cpu":
+        masks = valid_tokens, patch_mask, region_mask
+        features = patch_features, token_features, logit_scale
+        result = highest_patch_loss_and_gradients(*features, *masks, settings, wanted, weight, images, direction)
+        if result is not None:
+            return result
     device, dtype = patch_features.device, full_precision_dtype(patch_features, token_features)
     scale = logit_scale.detach().reshape(()).to(device, dtype)
     contiguous = torch.contiguous_format
@@ -112,7 +120,6 @@ def _loss_and_gradients(
     others = (torch.arange(batch, device=device)[:, None] + torch.arange(images, device=device)) % max(batch, 1)
     aligned = _Images(patch_features, patch_mask, region_mask, settings.alignment, dtype)
     all_scores = torch.zeros(batch, images, dtype=dtype, device=device)
-    highest: list[list[Tensor | None]] = []
     loss, grad_scale = torch.zeros_like(scale), torch.zeros_like(scale)
 
     with autocast_disabled(device):
@@ -122,21 +129,20 @@ def _loss_and_gradients(
                 tokens = _tokens_of(group, token_features, dtype)
                 scored = aligned.score(group, tokens, others[group.captions], want=False)
                 all_scores[group.captions] = torch.stack([each.score for each in scored], dim=1)
-                highest.append([getattr(each, "highest", None) for each in scored])
-            loss, grad_scores, grad_scale = _contrast(
+            loss, grad_scores, grad_scale = contrast(
                 all_scores, scale, captions, aligned.without_patch(others), direction, share
             )
             if not any(wanted):
                 groups = []
-        for index, group in enumerate(groups):
+        for group in groups:
             tokens = _tokens_of(group, token_features, dtype)
             own = others[group.captions]
-            scored = aligned.score(group, tokens, own, any(wanted[:2]), highest[index] if highest else None)
+            scored = aligned.score(group, tokens, own, any(wanted[:2]))
             if direction == "both":
                 grad_group = grad_scores[group.captions]
             else:
                 scores = torch.stack([each.score for each in scored], dim=1)
-                part, grad_group, grad_part = _contrast(
+                part, grad_group, grad_part = contrast(
                     scores, scale, group.numbers > 0, aligned.without_patch(own), direction, share
                 )
                 loss, grad_scale = loss + part, grad_scale + grad_part
@@ -155,38 +161,6 @@ def _loss_and_gradients(
     if grad_patches is not None:
         grad_patches = grad_patches.to(patch_features.dtype)
     return loss, (grad_patches, grad_tokens, grad_scale if wanted[2] else None)
-
-
-def _contrast(
-    scores: Tensor,
-    scale: Tensor,
-    captions: Tensor,
-    without_patch: Tensor | None,
-    direction: Direction,
-    share: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of scores [G, 1 + K], its gradient by them, and by the scale; all with the share of a caption in it."""
-    logits = scores * scale
-    if without_patch is not None:
-        logits.masked_fill_(without_patch, torch.finfo(logits.dtype).min)
-    loss, gradient = _cross_entropy(logits, captions)
-    if direction == "both":
-        rows, columns = places_by_image(logits)
-        by_image = logits[rows, columns].masked_fill_(~captions[rows], torch.finfo(logits.dtype).min)
-        of_images, by_images = _cross_entropy(by_image, captions)
-        loss = (loss + of_images) / 2
-        gradient[rows, columns] += by_images
-        gradient /= 2
-    gradient *= share
-    return loss.sum() * share, gradient * scale, (gradient * scores).sum()
-
-
-def _cross_entropy(logits: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row, with column 0 as target, and its gradient; 0 where there is no caption."""
-    log_sum = logits.logsumexp(dim=1)
-    gradient = (logits - log_sum[:, None]).exp_()
-    gradient[:, 0] -= 1
-    return (log_sum - logits[:, 0]).where(captions, 0), gradient.masked_fill_(~captions[:, None], 0)
 
 
 class _Tokens(NamedTuple):
@@ -216,24 +190,6 @@ class _Score(NamedTuple):
         """Add the gradient by the patches of the `image` [G] of each caption, `w` [G, 1, 1] times."""
         rows = torch.cat([self.a, self.g], dim=1).mul_(w)
         grad_patches.index_add_(0, image, torch.bmm(rows.mT, torch.cat([self.h, t], dim=1)))
-
-
-class _HighestScore(NamedTuple):
-    """As `_Score`, where each token has its highest patch alone: c is that patch, and g is zero.
-
-    So grad t is the part of t as c has h, and the gradient by the patches is h at the highest ones.
-    """
-
-    score: Tensor
-    highest: Tensor
-    h: Tensor
-    grad_t: Tensor
-
-    def add_to(self, grad_patches: Tensor, image: Tensor, t: Tensor, w: Tensor) -> None:
-        """As `_Score.add_to`."""
-        patches = grad_patches.shape[1]
-        places = (image[:, None] * patches + self.highest).flatten()
-        grad_patches.view(-1, grad_patches.shape[2]).index_add_(0, places, (self.h * w).flatten(0, 1))
 
 
 class _Images:
@@ -266,73 +222,28 @@ class _Images:
         """Which of the images [G, 1 + K] have no valid patch; None is none."""
         return None if self.patch_mask is None else ~self.is_image[images]
 
-    def score(
-        self, group: Group, tokens: _Tokens, images: Tensor, want: bool, highest: list[Tensor | None] | None = None
-    ) -> "list[_Score | _HighestScore]":
-        """The scores of the group's captions on each of the images [G, 1 + K].
-
-        Args:
-            group: of captions.
-            tokens: of the group.
-            images: their numbers.
-            want: keep what the gradients need.
-            highest: for each image, the highest patches where these are known and are all that counts.
-        """
-        scored: list[_Score | _HighestScore] = []
+    def score(self, group: Group, tokens: _Tokens, images: Tensor, want: bool) -> list[_Score]:
+        """The scores of the group's captions on each of the images [G, 1 + K]; for the gradients too if `want`."""
+        scored = []
         for k, image in enumerate(images.unbind(dim=1)):
             usable = usable_patches_of(group, image, self.patch_mask, self.region_mask if k == 0 else None)
             v = self.patch_features[image].to(self.dtype)
             if self.patch_mask is not None:
                 v.masked_fill_(self.padding[image][..., None], 0)
-            scored.append(_score(v, tokens, usable, self.settings, want, highest[k] if highest else None))
+            scored.append(_score(v, tokens, usable, self.settings, want))
         return scored
 
 
-def _score(
-    v: Tensor,
-    tokens: _Tokens,
-    usable: Tensor | None,
-    settings: AlignmentSettings,
-    want: bool,
-    highest: Tensor | None = None,
-) -> "_Score | _HighestScore":
+def _score(v: Tensor, tokens: _Tokens, usable: Tensor | None, settings: AlignmentSettings, want: bool) -> _Score:
     """Score the patches v [G, P, D] of one image per caption."""
-    if highest is None:
-        similarity = torch.bmm(tokens.t, v.mT)
-        # Elsewhere than on a CPU, to ask whether there is a tie would wait for the device.
-        if settings.alignment == "sparse" and settings.threshold == 1 and v.device.type == "cpu":
-            highest = _only_highest(similarity, usable, tokens.share > 0)
-    if highest is not None:
-        c = v.gather(1, highest[..., None].expand(-1, -1, v.shape[2]))
-        score, h, grad_t = _cosines(c, tokens, want)
-        return _HighestScore(score, highest, h, grad_t)
-    a, similarity_gradient = weights_and_gradient(similarity, usable, settings)
-    score, h, grad_t = _cosines(torch.bmm(a, v), tokens, want)
-    if not want:
-        return _Score(score, a, a, a, a)
-    g = similarity_gradient(torch.bmm(h, v.mT))
-    return _Score(score, a, g, h, torch.baddbmm(grad_t, g, v))
-
-
-def _only_highest(similarity: Tensor, usable: Tensor | None, valid: Tensor) -> Tensor | None:
-    """The highest patch [G, N] of each token; None if a valid token has several, which share its weight."""
-    lowest = similarity if usable is None else similarity.masked_fill(~usable, torch.inf)
-    if usable is not None:
-        similarity = similarity.masked_fill(~usable, -torch.inf)
-    highest, places = similarity.max(dim=-1, keepdim=True)
-    minimum = lowest.amin(dim=-1, keepdim=True)
-    # As Eq. 2 rounds: a patch that is nearly as high may also have the weight 1.
-    number = (similarity - minimum == highest - minimum).sum(dim=-1)
-    return None if ((number != 1) & valid).any() else places[..., 0]
-
-
-def _cosines(c: Tensor, tokens: _Tokens, want: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The score of groups c [G, N, D], and, if wanted, its gradients by c and, with c fixed, by the tokens."""
-    c_unit, c_norm = unit_and_norm(c)
+    a, similarity_gradient = weights_and_gradient(torch.bmm(tokens.t, v.mT), usable, settings)
+    c_unit, c_norm = unit_and_norm(torch.bmm(a, v))
     cosine = (c_unit * tokens.unit).sum(dim=-1)
     score = (cosine * tokens.share).sum(dim=-1)
     if not want:
-        return score, score, score
+        return _Score(score, a, a, a, a)
     cosine, share = rearrange(cosine, "b l -> b l 1"), rearrange(tokens.share, "b l -> b l 1")
     h = (tokens.unit - cosine * c_unit).mul_(share / c_norm)
-    return score, h, (c_unit - cosine * tokens.unit).mul_(share / tokens.norm)
+    grad_t = (c_unit - cosine * tokens.unit).mul_(share / tokens.norm)
+    g = similarity_gradient(torch.bmm(h, v.mT))
+    return _Score(score, a, g, h, torch.baddbmm(grad_t, g, v))
