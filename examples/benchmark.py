@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,12 @@ def fused_loss(batch: Batch, recompute: bool = False) -> Tensor:
     )
 
 
+def contrast_loss(batch: Batch, images: int = 3, **options: Any) -> Tensor:
+    """The contrast with other images alone."""
+    features = batch.patch_features, batch.token_features, batch.token_mask, batch.logit_scale
+    return fused.image_contrastive_loss(*features, images, **options)
+
+
 def listing_loss(batch: Batch, float32_similarity: bool = False) -> Tensor:
     """The paper's Listing 1 as people write it: full length, one-hot labels, the logits once for each direction.
 
@@ -146,6 +153,10 @@ def implementations(dtype: str, compiled: bool) -> dict[str, Callable[[Batch], T
         "eager": eager_loss,
         "listing": listing_loss,
         "ClipLoss": clip_loss,
+        "3 image negatives": contrast_loss,
+        "3, both directions": partial(contrast_loss, direction="both"),
+        "3, highest patches": partial(contrast_loss, direction="both", threshold=1.0),
+        "7, highest patches": partial(contrast_loss, images=7, direction="both", threshold=1.0),
         "matrix products": matrix_products,
     }
     if dtype != "float32":

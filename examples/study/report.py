@@ -41,6 +41,10 @@ TABLES = {
     ("last", "warm"): "From the CLIP of the same seed, end-of-text pooling",
 }
 
+# Below, a range over seeds says little.
+ENOUGH_SEEDS = 5
+PAIRED_WITH = ("CLIP", "CLIP + FILIP")
+
 Results = Mapping[Run, Mapping[str, Any]]
 
 
@@ -82,7 +86,31 @@ def markdown_tables(results: Results) -> str:
         seeds = len(next(iter(rows.values())))
         parts.append(f"### {title} ({seeds} seeds)\n\n{_table(rows, COLUMNS)}")
         parts.append(f"How often a token finds its group, and the fine-grained loss:\n\n{_table(rows, IMAGE_COLUMNS)}")
+        for name in PAIRED_WITH if seeds >= ENOUGH_SEEDS else ():
+            if name in rows:
+                heading = f"Difference from {name} of the same seed, mean and range over the seeds:"
+                parts.append(f"{heading}\n\n{_differences(rows, name)}")
     return "\n".join(parts)
+
+
+def _differences(rows: Mapping[str, list[Mapping[str, Any]]], reference: str) -> str:
+    table = [["", *COLUMNS]]
+    for name, runs in rows.items():
+        if name == reference:
+            continue
+        cells = []
+        for measures in COLUMNS.values():
+            pairs = zip(column_values(runs, measures), column_values(rows[reference], measures), strict=True)
+            differences = [ours - theirs for ours, theirs in pairs]
+            middle, low, high = (_signed(each(differences)) for each in (statistics.fmean, min, max))
+            cells.append(f"{middle} ({low} to {high})")
+        table.append([name, *cells])
+    return markdown_table(table)
+
+
+def _signed(value: float) -> str:
+    """Such as "+.03"; "-.00" is "+.00"."""
+    return f"{round(value, 2) + 0.0:+.2f}".replace("0.", ".", 1)
 
 
 def by_variant(results: Results, pooling: str, start: str) -> dict[str, list[Mapping[str, Any]]]:

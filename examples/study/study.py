@@ -67,7 +67,7 @@ def prepare(folders: Folders, size: Size) -> None:
         _check_found(folders.data, f"{split} scenes", len(read_captions(folders.data, split)), number)
     captions = read_captions(folders.data, "train")
     for pooling in ("mean", "last"):
-        for seed in (*SEEDS, TUNING_SEED):
+        for seed in (*max(SEEDS.values(), key=len), TUNING_SEED):
             folder = folders.model(pooling, seed)
             if not folder.exists():
                 write_model(
@@ -108,7 +108,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--plan",
         choices=PLANS,
         default="objectives",
-        help="the objectives like for like, or what makes SPARC look at its image (%(default)s)",
+        help="the objectives like for like, what makes SPARC look at its image, or the recipe (%(default)s)",
     )
     parser.add_argument("--size", choices=SIZES, default="cpu", help="%(default)s takes about 80 minutes on 2 cores")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="runs/study-SIZE by default")

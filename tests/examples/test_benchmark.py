@@ -100,7 +100,8 @@ def test_quick_prints_its_tables_and_writes_figures_and_plot(
     assert "B=4 P=9 L=12 D=16 float32" in printed
     assert "One update step of ViT-B-16" in printed
     results = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
-    names = ["fused", "fused, recompute", "eager", "listing", "ClipLoss", "matrix products"]
+    names = ["fused", "fused, recompute", "eager", "listing", "ClipLoss", "3 image negatives", "3, both directions"]
+    names += ["3, highest patches", "7, highest patches", "matrix products"]
     assert [row["implementation"] for row in results["losses"]] == names
     assert all(low <= median <= high for low, median, high in (row["seconds"] for row in results["losses"]))
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")

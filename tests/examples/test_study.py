@@ -71,12 +71,13 @@ class TestPlan:
         assert {families.count(family) for family in study.FAMILIES} == {4}
 
     def test_tuning_shares_no_seed_with_the_tables(self):
-        assert not {run.seed for run in tuning_runs()} & set(SEEDS)
+        assert not {run.seed for run in tuning_runs()} & {seed for seeds in SEEDS.values() for seed in seeds}
 
-    def test_every_row_has_every_seed(self):
-        runs = final_runs(CHOSEN)
+    @pytest.mark.parametrize("plan", PLANS)
+    def test_every_row_has_every_seed(self, plan):
+        runs = final_runs(CHOSEN, plan)
         for run in runs:
-            assert [each.seed for each in runs if replace(each, seed=run.seed) == run] == list(SEEDS)
+            assert [each.seed for each in runs if replace(each, seed=run.seed) == run] == list(SEEDS[plan])
 
     def test_warm_starts_begin_from_the_clip_of_their_seed(self):
         runs = final_runs(CHOSEN)
@@ -257,6 +258,19 @@ class TestReport:
             val = dict.fromkeys(MEASURES, 0.9)
             results[run] = {"test": figures, "val": val, "levels": dict.fromkeys(MEASURES, level)}
         return results
+
+    def test_with_five_seeds_differences_are_paired(self):
+        results = {}
+        for run in final_runs(CHOSEN, "recipe"):
+            base = {"CLIP": 0.1, "CLIP + FILIP": 0.2}.get(run.variant, 0.3 + 0.01 * run.seed)
+            level = {"chance": 0.05, "ceiling": 0.9}
+            figures = dict.fromkeys(MEASURES, base)
+            results[run] = {"test": figures, "val": figures, "levels": dict.fromkeys(MEASURES, level)}
+        tables = re.sub(" +", " ", markdown_tables(results))
+        assert "Difference from CLIP of the same seed, mean and range over the seeds:" in tables
+        assert "| SPARC + 3, highest patches | +.22 (+.20 to +.24) |" in tables
+        assert "| SPARC + 3, highest patches | +.12 (+.10 to +.14) |" in tables
+        assert "| CLIP | -.10 (-.10 to -.10) |" in tables
 
     def test_tables_have_mean_and_standard_deviation_over_the_seeds(self, results):
         tables = markdown_tables(results)

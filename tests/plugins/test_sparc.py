@@ -10,6 +10,7 @@ from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 
 from sparc_loss import SparcLoss
 from sparc_loss.plugins.checks import check_accumulation
+from sparc_loss.plugins.recipes import flags_of
 from sparc_loss.plugins.sparc import SPARC
 
 
@@ -63,6 +64,40 @@ def test_every_flag_reaches_the_loss():
     assert (loss.alignment, loss.reduction, loss.fine_grained_scale) == ("dense", "sample", 20)
     assert (loss.image_negatives, loss.image_contrastive_weight) == (3, 0.5)
     assert (loss.image_contrastive_threshold, loss.image_contrastive_direction) == (1, "both")
+
+
+HIGHEST_PATCHES = {
+    "fine_grained_weight": 0.3,
+    "image_negatives": 3,
+    "image_contrastive_threshold": 1.0,
+    "image_contrastive_direction": "both",
+}
+
+
+def of_loss(*flags, names=HIGHEST_PATCHES):
+    loss = SPARC.create_loss(parse(*flags))
+    return {name: getattr(loss, name) for name in names}
+
+
+def test_a_recipe_is_the_flags_that_it_stands_for():
+    assert of_loss("--sparc-recipe", "highest-patches") == HIGHEST_PATCHES
+    flags = "--sparc-fine-grained-weight 0.3 --sparc-image-negatives 3 --sparc-image-contrastive-threshold 1.0 "
+    flags += "--sparc-image-contrastive-direction both"
+    assert flags_of("highest-patches") == flags
+    assert of_loss(*flags.split()) == HIGHEST_PATCHES
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_flag_beside_a_recipe_wins_wherever_it_stands(first):
+    recipe, flag = ("--sparc-recipe", "highest-patches"), ("--sparc-image-negatives", "7")
+    flags = (*flag, *recipe) if first else (*recipe, *flag)
+    assert of_loss(*flags) == {**HIGHEST_PATCHES, "image_negatives": 7}
+
+
+def test_a_recipe_is_logged_with_its_flags(model, caplog):
+    with caplog.at_level(logging.INFO):
+        SPARC.prepare_model(model, parse("--sparc-recipe", "highest-patches"))
+    assert f"--sparc-recipe highest-patches is {flags_of('highest-patches')}" in caplog.messages
 
 
 @pytest.mark.parametrize(

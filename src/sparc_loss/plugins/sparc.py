@@ -22,6 +22,7 @@ from sparc_loss.plugins.flags import (
     whole_number_of_at_least_1,
 )
 from sparc_loss.plugins.objective_plugin import ObjectivePlugin
+from sparc_loss.plugins.recipes import RECIPES, RecipeAction, flags_of
 
 FLAGS = (
     Flag(
@@ -99,6 +100,14 @@ class SparcPlugin(ObjectivePlugin):
         group = super().add_arguments(parser)
         for flag in FLAGS_OF_THE_RUN:
             flag.add_to(group, self.name, self.loss)
+        group.add_argument(
+            "--sparc-recipe",
+            action=RecipeAction,
+            choices=RECIPES,
+            help="set several flags, for which others given win; "
+            + "; ".join(f"{name}: {flags_of(name)}" for name in RECIPES)
+            + " (default: the paper's settings)",
+        )
         for old, new, value in (
             ("--sparc-metrics", "--sparc-diagnostics", True),
             ("--no-sparc-metrics", "--no-sparc-diagnostics", False),
@@ -137,6 +146,12 @@ class SparcPlugin(ObjectivePlugin):
                 f"--sparc-diagnostics is set; expected it off with open_clip {open_clip.__version__}: its training "
                 "adds up everything that a loss returns, diagnostics included"
             )
+
+    def prepare_model(self, model: nn.Module, args: Namespace) -> nn.Module:
+        """As `ObjectivePlugin.prepare_model`; logs the flags of a recipe."""
+        if args.sparc_recipe and args.rank == 0:
+            logging.info(f"--sparc-recipe {args.sparc_recipe} is {flags_of(args.sparc_recipe)}")
+        return super().prepare_model(model, args)
 
     def further_settings(self, args: Namespace) -> dict[str, Any]:
         """Diagnostics, which are on by default where training can log them."""
