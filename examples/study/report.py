@@ -69,11 +69,21 @@ def write_report(
             for run, result in results.items()
         ],
     }
-    (folder / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    compact = json.dumps(_five_digits(record), separators=(",", ":"))
+    (folder / "study.json").write_text(compact + "\n", encoding="utf-8")
     (folder / "tables.md").write_text(tables, encoding="utf-8")
     for measure in MEASURES:
         draw(measure, results, folder / f"{measure}.png")
     return tables
+
+
+def _five_digits(value: Any) -> Any:
+    """Numbers rounded to five digits, in lists and dictionaries."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {name: _five_digits(each) for name, each in value.items()}
+    return [_five_digits(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def markdown_tables(results: Results) -> str:

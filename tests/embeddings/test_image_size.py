@@ -91,3 +91,10 @@ def test_a_tower_of_one_size_is_refused_by_name(vision, name, size):
 def test_convolutions_take_any_size():
     model = surface_embeddings(tiny_models.clip("ConvNeXt"), TOKENIZER).eval()
     assert model.encode_patches(images(64, 96))[1] == (2, 3)
+
+
+@pytest.mark.parametrize(("vision", "patch"), [("ViT tok", 8), ("timm ViT map", 16), ("Eva", 16)])
+def test_an_image_without_a_patch_is_refused(vision, patch):
+    with pytest.raises(ValueError, match="images are") as error:
+        check_image_size(tiny_models.clip(vision).visual, (patch - 1, 64))
+    assert str(error.value) == f"images are {patch - 1} x 64 pixels; expected at least one patch, {patch} x {patch}"

@@ -144,6 +144,12 @@ def test_classes_that_are_not_present_can_be_left_out(data):
     assert "blue" not in measured(data, replace(PLAIN, classes_offered="present"))[1]
 
 
+def test_masks_without_a_pixel_of_a_class_are_refused(data):
+    draw(data, np.full((16, 24), IGNORED))
+    with pytest.raises(DataError, match="the masks have no pixel of a class; expected at least one"):
+        measured(data)
+
+
 def test_windows_are_read_in_batches(data):
     model = Colours()
     evaluate_windows(model, tokenizer, data, PLAIN, OPTIONS)
@@ -161,6 +167,7 @@ def test_the_short_side_is_that_of_the_protocol(data):
     ("size", "short_side", "expected"),
     [
         ((375, 500), 448, (448, 597)),
+        ((1, 4000), 448, (32, 2048)),  # but for its end: a patch of any model
         ((500, 375), 336, (448, 336)),
         ((100, 1000), 336, (205, 2048)),
         ((7, 3), 3, (7, 3)),

@@ -63,9 +63,16 @@ def model_image_size(visual: Any) -> tuple[int, int]:
 
 
 def check_image_size(visual: Any, size: tuple[int, int]) -> None:
-    """Raise ValueError, by name, for a tower that takes images of one size only, if it is another."""
+    """Raise ValueError for an image without a patch, and, by name, for a tower that takes another size only."""
     trunk = getattr(visual, "trunk", visual)
-    if isinstance(visual, VisionTransformer) or _resizable(visual) or isinstance(trunk, (ConvNeXt, FastVit)):
+    if isinstance(visual, VisionTransformer) or _resizable(visual):
+        height, width = to_2tuple(getattr(trunk, "patch_embed", trunk).patch_size)
+        if size[0] < height or size[1] < width:
+            raise ValueError(
+                f"images are {size[0]} x {size[1]} pixels; expected at least one patch, {height} x {width}"
+            )
+        return
+    if isinstance(trunk, (ConvNeXt, FastVit)):
         return
     own = model_image_size(visual)
     if tuple(size) != own:

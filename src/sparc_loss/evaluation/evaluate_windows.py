@@ -10,7 +10,7 @@ from tqdm import tqdm
 from sparc_loss.embeddings.image_size import check_image_size
 from sparc_loss.embeddings.readings import check_reading
 from sparc_loss.embeddings.vision import patch_extent
-from sparc_loss.evaluation.dataset import IGNORED, EvaluationData, read_image_size, read_mask
+from sparc_loss.evaluation.dataset import IGNORED, DataError, EvaluationData, read_image_size, read_mask
 from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.evaluation.evaluate import Measure, Options
 from sparc_loss.evaluation.image_batches import resized_images, worker_errors
@@ -43,7 +43,7 @@ def evaluate_windows(
         The IoU of each class that occurs, and of background if it is a class.
 
     Raises:
-        DataError: an image or mask that cannot be read, a worker that ended.
+        DataError: an image or mask that cannot be read, masks without a pixel of a class, a worker that ended.
         TypeError: a tower for which the reading has no meaning.
         ValueError: a tower that does not take windows of this size, another number of classes.
     """
@@ -80,6 +80,8 @@ def evaluate_windows(
                 random_intersection_and_union(target[kept], count, drawn or None, background=background)
             )
     intersection, union = totals
+    if not (union[: None if background else count] > 0).any():
+        raise DataError("the masks have no pixel of a class; expected at least one")
     shown = [*data.classes, "background"] if background else data.classes
     of_classes = {
         name: float(both / either)

@@ -22,6 +22,8 @@ PROTOCOL_FIELDS = (
 
 # The longest side of a resized image in pixels, as mmsegmentation's configurations have it: (2048, short side).
 _LONGEST_SIDE = 2048
+# An image a hundred times as long as it is high would otherwise have no patch.
+_SHORTEST_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Protocol:
     def image_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the resized image, for those of the file's."""
         scale = min(self.short_side / min(size), max(_LONGEST_SIDE, self.short_side) / max(size))
-        height, width = (max(1, int(side * scale + 0.5)) for side in size)
+        least = min(self.short_side, _SHORTEST_SIDE)
+        height, width = (max(least, int(side * scale + 0.5)) for side in size)
         return height, width
 
     def describe(self) -> str:
