@@ -6,6 +6,7 @@ Made images of VOC's usual size, one process, an untrained ViT-B/16, the suite's
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from sparc_loss.embeddings import surface_embeddings
-from sparc_loss.evaluation.dataset import EvaluationData
+from sparc_loss.evaluation.dataset import DataError, EvaluationData
 from sparc_loss.evaluation.evaluate import Options
 from sparc_loss.evaluation.evaluate_windows import evaluate_windows
 from sparc_loss.evaluation.suites import SUITES, DataFolder
@@ -60,9 +61,10 @@ def seconds_of_images(model: Any, tokenizer: Any, data: EvaluationData) -> list[
         one = replace(data, images=data.images[index : index + 1], masks=data.masks[index : index + 1])
         spent = []
         for measured in (EvaluationData(data.classes, mask_coding=data.mask_coding), one):
-            # Without images, what a run has once: the names of the classes.
+            # Without images, what a run has once: the names of the classes, before it says that there is nothing.
             forward, start = 0.0, time.perf_counter()
-            evaluate_windows(model, tokenizer, measured, protocol, Options(batch_size=8))
+            with suppress(DataError):
+                evaluate_windows(model, tokenizer, measured, protocol, Options(batch_size=8))
             spent.append(time.perf_counter() - start)
         rows.append({"forward": forward, "rest": max(spent[1] - spent[0] - forward, 0.0)})
     del model.encode_patches

@@ -118,3 +118,10 @@ def test_the_table_of_models_is_open_clips_list(tower: str, family: Callable[[di
     counts = Counter(family(get_model_config(name)) for name in models)
     assert {name: int(number) for name, number, *_ in rows} == counts
     assert all(family(get_model_config(example)) == name for name, _, example, _ in rows)
+
+
+def test_the_tables_of_the_recipe_are_those_of_the_committed_runs():
+    section = text_of("docs/study.md").partition("## The recipe")[2]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 20
+    assert set(shown) <= set(text_of("examples/study/results/recipe/tables.md").splitlines())
