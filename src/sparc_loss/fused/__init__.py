@@ -3,7 +3,9 @@
 `functional` is the reference: where this package differs from it, this package is wrong.
 
 - `fine_grained.py`: the fine-grained loss and the derivation of its gradient.
-- `image_contrast.py`: the contrast with other images.
+- `image_contrast.py`: the contrast with other images, and the derivation of its gradient.
+- `highest_patch.py`: the same where each token has its highest patch alone.
+- `contrast.py`: the cross-entropies of both, by captions and by images.
 - `alignment.py`: Eqs. 2 to 5 in place, with their gradient; both losses use it.
 - `groups.py`: batches split into groups of captions of similar length.
 - `function.py`: the checks and the `torch.autograd.Function` of both losses.
