@@ -18,8 +18,8 @@ workspace, the patches do not. Then grad t is summed over images, and grad v = w
 gradient of its image, which other captions score too. The cost is six multiply-adds for every valid token, patch,
 dimension and image: (1 + K) times the cost of one alignment and its gradient.
 
-**In both directions** w_ik has a second part, from the softmax of image k over the captions that score it. These are in
-other groups too. So all scores are computed first, without anything that gradients need, and the groups are gone
+**In both directions** w_ik has a second part, from the softmax of image k over the captions that score it. These are
+in other groups too. So all scores are computed first, without anything that gradients need, and the groups are gone
 through once more: eight multiply-adds instead of six.
 
 The gradient by the patches is summed in float32 at least and rounded to their dtype once.

@@ -208,6 +208,19 @@ def test_other_settings_are_measured_again(evaluate, tmp_path):
     assert before["figures"]["mean_iou"]["images"] == 3
 
 
+def test_other_data_are_measured_again(evaluate, tmp_path):
+    evaluate("voc20")
+    before = records(tmp_path)["voc20"]["settings"]
+    (tmp_path / "data").rename(tmp_path / "moved")
+    _, printed = evaluate("voc20", build=False, **{"data-root": tmp_path / "moved"})
+    assert "known from an earlier run" not in printed.err
+    after = records(tmp_path)["voc20"]["settings"]
+    assert {name for name in after if after[name] != before[name]} == {"data_root"}
+    (tmp_path / f"moved/VOCdevkit/VOC2012/JPEGImages/{NAMES[0]}.jpg").unlink()
+    evaluate("voc20", "--skip-missing", build=False, **{"data-root": tmp_path / "moved"})
+    assert records(tmp_path)["voc20"]["settings"]["images"] == {"": 2}
+
+
 def test_an_interrupted_run_goes_on_with_the_suite_it_was_at(evaluate, tmp_path, monkeypatch):
     from sparc_loss.evaluation import evaluate as module
 

@@ -67,21 +67,21 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
     tasks = []
     for suite in suites:
         protocol = _protocol(suite, args.protocol, changes, classes, templates)
-        settings = _settings(args, suite, protocol, templates)
         folder = DataFolder(root, suite, args.skip_missing)
+        data = {part: _prepared(each, args.limit, protocol) for part, each in suite.read(folder).items()}
+        settings = _settings(args, suite, protocol, templates)
+        settings["data_root"] = str(root.resolve())
+        settings["images"] = {part: len(each.images) for part, each in data.items()}
         is_known = suite.name in known and known[suite.name].get("settings") == settings
-        data: dict[str, EvaluationData] = {}
-        if not is_known:
-            data = {part: _prepared(each, args.limit, protocol) for part, each in suite.read(folder).items()}
         notes = [*folder.notes, *(note for each in data.values() for note in each.notes)]
         if protocol is not None and protocol != suite.protocols[args.protocol]:
             notes.append(f"the protocol differs from {args.protocol}, with which the published figures were taken")
-        if protocol is not None and data:
+        if protocol is not None and not is_known:
             from sparc_loss.evaluation.evaluate_windows import check_masks
 
             for each in data.values():
                 check_masks(each)
-        tasks.append(Task(suite, protocol, settings, data, notes))
+        tasks.append(Task(suite, protocol, settings, {} if is_known else data, notes))
     return tasks
 
 
