@@ -118,4 +118,4 @@ def test_what_sharded_weights_do_not_allow_is_refused(folder, loss, flags, messa
     flags = [flag.format(folder=folder) for flag in flags]
     finished = run_python(*LAUNCHER, loss, *data_flags(folder, name=f"refused-{loss}"), "--fsdp", *flags)
     assert finished.returncode != 0
-    assert f"ValueError: {message}" in finished.stdout
+    assert f"error: {message}" in finished.stdout
