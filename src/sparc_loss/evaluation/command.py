@@ -16,7 +16,7 @@ from sparc_loss.embeddings.reading_names import READINGS
 from sparc_loss.evaluation import dataset
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_data, read_lines
 from sparc_loss.evaluation.markdown import markdown_table
-from sparc_loss.evaluation.protocol import OFFERED, PROTOCOL_FIELDS
+from sparc_loss.evaluation.protocol import OFFERED, PRESETS, PROTOCOL_FIELDS
 from sparc_loss.evaluation.titles import TITLES
 from sparc_loss.functional import ALIGNMENTS
 from sparc_loss.model_loading import add_model_flags, complete_from_run, load_model
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 PROG = "sparc-loss evaluate"
 LOSS_SETTINGS = ("sparc_threshold", "sparc_alignment", "sparc_fine_grained_scale", "sparc_tokens")
-PROTOCOLS = ("plain", "maskclip", "clearclip", "sclip")
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 
 
@@ -258,7 +257,7 @@ def _add_suite_flags(parser: ArgumentParser) -> None:
     add("--suite", metavar="NAMES", help="benchmarks, by commas, such as voc20,ade20k,coco")
     add("--list-suites", action="store_true", help="print each benchmark's files, protocols and published figures")
     add("--data-root", metavar="FOLDER", help="of the data sets, laid out as --list-suites prints")
-    add("--protocol", choices=PROTOCOLS, default="plain", help="of segmentation (default: %(default)s)")
+    add("--protocol", choices=PRESETS, default="plain", help="of segmentation (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="measure the first N images only")
     add("--skip-missing", action="store_true", help="leave out images that a list names and the folder lacks")
     add("--short-side", type=int, metavar="N", help="resize images to this many pixels")

@@ -15,6 +15,8 @@ The file is read as open_clip's training reads it, by pandas: a caption such as 
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,17 +212,9 @@ def read_image(path: Path) -> "Image.Image":
     Raises:
         DataError: it cannot be read.
     """
-    from PIL import Image  # a dependency of open_clip; the command must be able to report that it is missing
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()  # a file of several frames would stay open
-    except MemoryError:
-        raise
-    # Pillow's errors for a broken file depend on its format; for too many pixels it is a DecompressionBombError.
-    except Exception as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    with _opened(path) as image:
+        image.load()
+        return image.copy()  # a file of several frames would stay open
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
@@ -229,13 +223,21 @@ def read_image_size(path: Path) -> tuple[int, int]:
     Raises:
         DataError: it cannot be read.
     """
-    from PIL import Image
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[Image.Image]":
+    """An image file; what goes wrong with it names the file."""
+    from PIL import Image  # a dependency of open_clip; the command must be able to report that it is missing
 
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            yield image
     except MemoryError:
         raise
+    # Pillow's errors for a broken file depend on its format; for too many pixels it is a DecompressionBombError.
     except Exception as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 

@@ -37,7 +37,8 @@ from sparc_loss.evaluation.segmentation import (
 from sparc_loss.functional import Alignment, token_patch_similarity
 
 # Those of pooled features, then those of patches.
-_POOLED = ("retrieval", "faithfulness", "hard_negatives", "classification")
+_OF_CAPTIONS = ("retrieval", "faithfulness", "hard_negatives")
+_POOLED = (*_OF_CAPTIONS, "classification")
 _DENSE = ("pointing", "segmentation", "image_dependence")
 FAMILIES = (*_POOLED, *_DENSE)
 
@@ -124,8 +125,10 @@ def evaluate(
     unknown = [family for family in options.families if family not in FAMILIES]
     if unknown:
         raise ValueError(f"families has {unknown[0]!r}; expected of {', '.join(FAMILIES)}")
-    pooled, patches_wanted = (any(family in options.families for family in group) for group in (_POOLED, _DENSE))
-    text_features = encoder.texts(data.captions, "captions") if pooled and data.captions else None
+    of_captions, pooled, patches_wanted = (
+        any(family in options.families for family in group) for group in (_OF_CAPTIONS, _POOLED, _DENSE)
+    )
+    text_features = encoder.texts(data.captions, "captions") if of_captions and data.captions else None
     dense = _Dense(encoder, data, options)
     features: list[tuple[list[int], Tensor]] = []
     with worker_errors():

@@ -52,9 +52,7 @@ def evaluate_windows(
     if len(protocol.classes) != count:
         raise ValueError(f"protocol has {len(protocol.classes)} classes; expected those of the data, {count}")
     model_: Any = model.eval()
-    check_reading(model_.visual, protocol.reading)
-    if protocol.window:
-        check_image_size(model_.visual, (protocol.window, protocol.window))
+    check_tower(model_.visual, protocol)
     settings = (options.batch_size, options.device, options.input_dtype, options.autocast)
     encoder = Encoder(model_, tokenizer, *settings, progress=True)
     names = [(name, label) for label, of_class in enumerate(protocol.classes) for name in of_class]
@@ -90,6 +88,13 @@ def evaluate_windows(
     }
     value = mean_iou(intersection, union, background=background)
     return Measure("mean_iou", value, mean_iou(*chance, background=background), None, len(of_classes)), of_classes
+
+
+def check_tower(visual: Any, protocol: Protocol) -> None:
+    """Raise TypeError for a tower for which the reading has no meaning, ValueError for a window it does not take."""
+    check_reading(visual, protocol.reading)
+    if protocol.window:
+        check_image_size(visual, (protocol.window, protocol.window))
 
 
 def check_masks(data: EvaluationData) -> None:

@@ -63,17 +63,17 @@ class _Readings(Dataset[Any]):
 
 class _Images(_Readings):
     def __init__(self, model: Any, paths: Sequence[Path], crops: Sequence[Box | None], own: bool, whole: bool) -> None:
-        self.paths, self.crops, self.own, self.whole = paths, crops, own, whole
-        self.squash = preprocessing_of(model, resize_mode="squash")
+        self.paths, self.crops = paths, crops
         squashes = model.visual.preprocess_cfg.get("resize_mode") == "squash"
-        self.preprocess = self.squash if squashes else preprocessing_of(model)
+        self.one_for_both = own and whole and squashes
+        self.squash = preprocessing_of(model, resize_mode="squash") if whole else None
+        self.preprocess = preprocessing_of(model) if own and not self.one_for_both else None
 
     def read(self, indices: list[int]) -> ImageBatch:
         images, whole, sizes = zip(*map(self._read, indices), strict=True)
-        stacked = torch.stack(whole) if self.whole else None
-        if self.own and not (self.whole and self.preprocess is self.squash):
-            return ImageBatch(indices, torch.stack(images), stacked, sizes)
-        return ImageBatch(indices, stacked if self.own else None, stacked, sizes)
+        squashed = torch.stack(whole) if self.squash else None
+        own = torch.stack(images) if self.preprocess else None
+        return ImageBatch(indices, squashed if self.one_for_both else own, squashed, sizes)
 
     def _read(self, index: int) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
         path = self.paths[index]
@@ -83,10 +83,8 @@ class _Images(_Readings):
             if crop is not None:
                 left, top, right, bottom = crop
                 image = image.crop((left, top, right, bottom))
-            whole = self.squash(image) if self.whole else None
-            twice = self.whole and self.preprocess is self.squash
-            own = self.preprocess(image) if self.own and not twice else None
-            return own, whole, (image.height, image.width)
+            own = self.preprocess(image) if self.preprocess else None
+            return own, self.squash(image) if self.squash else None, (image.height, image.width)
 
 
 class _ResizedImages(_Readings):

@@ -6,6 +6,8 @@ from typing import Any
 from sparc_loss._checks import check_choice, check_number, check_whole_number
 from sparc_loss.embeddings.reading_names import READINGS, Reading
 
+PRESETS = ("plain", "maskclip", "clearclip", "sclip")
+"""The protocols of each suite of segmentation, see `sparc_loss.evaluation.suites.presets`."""
 OFFERED = ("all", "present")
 PROTOCOL_FIELDS = (
     "reading",

@@ -53,7 +53,7 @@ def highest_patch_loss_and_gradients(
         flat = patch_features.reshape(batch * patches, dim)
         others = (torch.arange(batch)[:, None] + torch.arange(images)) % max(batch, 1)
         share_of_word = 1 / numbers[captions].to(dtype)
-        slices = list(_slices(len(words), dim, images, settings.chunk_bytes, dtype.itemsize))
+        slices = _slices(len(words), dim, settings.chunk_bytes, dtype.itemsize)
 
         scores = torch.zeros(batch, images, dtype=dtype)
         for part in slices:
@@ -144,7 +144,7 @@ def _neighbours(image: int, images: int, batch: int) -> Iterator[tuple[int, int]
     yield max(first, 0), image
 
 
-def _slices(words: int, dim: int, images: int, chunk_bytes: float, itemsize: int) -> Iterator[slice]:
+def _slices(words: int, dim: int, chunk_bytes: float, itemsize: int) -> list[slice]:
     """Slices of the words whose workspace, eight [m, D], keeps the bound."""
     size = max(1, int(chunk_bytes // (8 * dim * itemsize)))
-    return (slice(start, min(start + size, words)) for start in range(0, words, size))
+    return [slice(start, min(start + size, words)) for start in range(0, words, size)]

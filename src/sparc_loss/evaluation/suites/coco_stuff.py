@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from sparc_loss.evaluation.dataset import EvaluationData, MaskCoding
-from sparc_loss.evaluation.suites.presets import Names, presets
-from sparc_loss.evaluation.suites.suite import DataFolder, Suite, class_names, segmentation_data
+from sparc_loss.evaluation.suites.presets import presets
+from sparc_loss.evaluation.suites.suite import DataFolder, Names, Suite, class_names, segmentation_data
 
 STUFF, OBJECTS = class_names("coco-stuff"), class_names("coco-object")
 IMAGES, MASKS = "coco_stuff164k/images/val2017", "coco_stuff164k/annotations/val2017"

@@ -35,8 +35,10 @@ def _read(listing: str, images: str, folder: DataFolder) -> Mapping[str, Evaluat
     empty = 0
     for image, captions in folder.existing(rows, lambda row: row[:1], path):
         captions = [text for text in captions if text.strip()][:CAPTIONS]
-        empty += not captions
-        index = data.add_image(image) if captions else -1
+        if not captions:
+            empty += 1
+            continue
+        index = data.add_image(image)
         for caption in captions:
             data.add_caption(index, caption)
     if empty:

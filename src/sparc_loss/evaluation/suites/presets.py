@@ -12,9 +12,8 @@ with background does not say below which probability a pixel is background; 0.2 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sparc_loss.evaluation.protocol import Protocol
-
-Names = tuple[tuple[str, ...], ...]
+from sparc_loss.evaluation.protocol import PRESETS, Protocol
+from sparc_loss.evaluation.suites.suite import Names
 
 
 def presets(
@@ -58,4 +57,4 @@ def presets(
         background_threshold=0.1 if background else 0.0,
         minimal_area=sclip_area,
     )
-    return {"plain": plain, "maskclip": replace(plain, reading="value"), "clearclip": clear, "sclip": sclip}
+    return dict(zip(PRESETS, (plain, replace(plain, reading="value"), clear, sclip), strict=True))

@@ -57,8 +57,11 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
     changes = {name: getattr(args, name) for name in PROTOCOL_FIELDS if getattr(args, name) is not None}
     if "ignored_values" in changes:
         changes["ignored_values"] = tuple(changes["ignored_values"])
-    classes = split_names(read_lines(args.classes)) if args.classes else None
-    _check_used(suites, {**changes, **({"classes": classes} if classes else {})}, templates)
+    if args.classes:
+        changes["classes"] = split_names(read_lines(args.classes))
+    if templates is not None:
+        changes["templates"] = tuple(templates)
+    _check_used(suites, changes)
     root = Path(args.data_root)
     if not root.is_dir():
         raise ValueError(
@@ -66,12 +69,10 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
         )
     tasks = []
     for suite in suites:
-        protocol = _protocol(suite, args.protocol, changes, classes, templates)
+        protocol = _protocol(suite, args.protocol, changes)
         folder = DataFolder(root, suite, args.skip_missing)
         data = {part: _prepared(each, args.limit, protocol) for part, each in suite.read(folder).items()}
-        settings = _settings(args, suite, protocol, templates)
-        settings["data_root"] = str(root.resolve())
-        settings["images"] = {part: len(each.images) for part, each in data.items()}
+        settings = _settings(args, suite, protocol, templates, data)
         is_known = suite.name in known and known[suite.name].get("settings") == settings
         notes = [*folder.notes, *(note for each in data.values() for note in each.notes)]
         if protocol is not None and protocol != suite.protocols[args.protocol]:
@@ -134,36 +135,27 @@ def _suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def _check_used(suites: list[Suite], changes: Mapping[str, Any], templates: list[str] | None) -> None:
+def _check_used(suites: list[Suite], changes: Mapping[str, Any]) -> None:
     """Refuse a flag that would change nothing."""
     families = {family for suite in suites for family in suite.families}
-    segments = any(suite.protocols for suite in suites)
+    if any(suite.protocols for suite in suites):
+        return
     for name in changes:
-        if not segments and not (name == "reading" and "pointing" in families):
+        if name == "templates":
+            if "classification" not in families:
+                raise ValueError("argument --templates: given, but none of the suites has classes")
+        elif not (name == "reading" and "pointing" in families):
             raise ValueError(f"argument --{name.replace('_', '-')}: given, but none of the suites is of segmentation")
-    if templates is not None and not segments and "classification" not in families:
-        raise ValueError("argument --templates: given, but none of the suites has classes")
 
 
-def _protocol(
-    suite: Suite,
-    preset: str,
-    changes: Mapping[str, Any],
-    classes: tuple[tuple[str, ...], ...] | None,
-    templates: list[str] | None,
-) -> Protocol | None:
+def _protocol(suite: Suite, preset: str, changes: Mapping[str, Any]) -> Protocol | None:
     if not suite.protocols:
         return None
-    protocol = replace(suite.protocols[preset], **changes)
-    if templates is not None:
-        protocol = replace(protocol, templates=tuple(templates))
-    if classes is not None:
-        if len(classes) != len(protocol.classes):
-            raise ValueError(
-                f"argument --classes: {len(classes)} lines; {suite.name} has {len(protocol.classes)} classes"
-            )
-        protocol = replace(protocol, classes=classes)
-    return protocol
+    protocol = suite.protocols[preset]
+    given, expected = len(changes.get("classes", protocol.classes)), len(protocol.classes)
+    if given != expected:
+        raise ValueError(f"argument --classes: {given} lines; {suite.name} has {expected} classes")
+    return replace(protocol, **changes)
 
 
 def _prepared(data: EvaluationData, limit: int | None, protocol: Protocol | None) -> EvaluationData:
@@ -172,11 +164,19 @@ def _prepared(data: EvaluationData, limit: int | None, protocol: Protocol | None
     return data if limit is None else data.first(limit)
 
 
-def _settings(args: Namespace, suite: Suite, protocol: Protocol | None, templates: list[str] | None) -> dict[str, Any]:
+def _settings(
+    args: Namespace,
+    suite: Suite,
+    protocol: Protocol | None,
+    templates: list[str] | None,
+    data: Mapping[str, EvaluationData],
+) -> dict[str, Any]:
     """Everything that the figures of a suite depend on, as JSON has it."""
     settings: dict[str, Any] = {name: getattr(args, name) for name in MODEL_SETTINGS}
     settings |= {"pretrained": args.pretrained, "precision": args.precision, "limit": args.limit}
     settings["skip_missing"] = args.skip_missing
+    settings["data_root"] = str(Path(args.data_root).resolve())
+    settings["images"] = {part: len(each.images) for part, each in data.items()}
     checkpoint = Path(args.pretrained) if args.pretrained else None
     if checkpoint is not None and checkpoint.is_file():
         status = checkpoint.stat()
@@ -212,14 +212,14 @@ def _openai_templates() -> list[str]:
 
 def _check_towers(tasks: list[Task], model: Any) -> None:
     """Refuse a reading or a window that the tower does not take, before anything is measured."""
-    from sparc_loss.embeddings.image_size import check_image_size
     from sparc_loss.embeddings.readings import check_reading
+    from sparc_loss.evaluation.evaluate_windows import check_tower
 
     for task in tasks:
-        reading = task.protocol.reading if task.protocol is not None else task.settings.get("reading", "last")
-        check_reading(model.visual, reading)
-        if task.protocol is not None and task.protocol.window:
-            check_image_size(model.visual, (task.protocol.window, task.protocol.window))
+        if task.protocol is not None:
+            check_tower(model.visual, task.protocol)
+        else:
+            check_reading(model.visual, task.settings.get("reading", "last"))
 
 
 def _measure(task: Task, model: "nn.Module", tokenizer: Any, options: "Options") -> dict[str, Any]:

@@ -12,6 +12,9 @@ from sparc_loss.evaluation.protocol import Protocol
 
 Row = TypeVar("Row")
 
+Names = tuple[tuple[str, ...], ...]
+"""The names of each class."""
+
 
 class DataFolder:
     """The folder of all data sets, as one suite sees it.
@@ -89,13 +92,13 @@ class Suite:
 
 
 @cache
-def class_names(file: str) -> tuple[tuple[str, ...], ...]:
+def class_names(file: str) -> Names:
     """The names of classes in a file of this package: a class per line, its names separated by commas."""
     text = (files("sparc_loss.evaluation.suites") / "classes" / f"{file}.txt").read_text("utf-8")
     return split_names(text.splitlines())
 
 
-def split_names(lines: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+def split_names(lines: Iterable[str]) -> Names:
     """The names of each class, of lines such as "television, tv, screen"."""
     return tuple(tuple(name.strip() for name in line.split(",")) for line in lines)
 
@@ -104,7 +107,7 @@ def segmentation_data(
     folder: DataFolder,
     rows: Sequence[tuple[Path, Path]],
     listing: Path,
-    classes: tuple[tuple[str, ...], ...],
+    classes: Names,
     coding: MaskCoding,
 ) -> Mapping[str, EvaluationData]:
     """Images with masks, for a reader of a suite.

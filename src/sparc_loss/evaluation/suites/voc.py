@@ -9,41 +9,25 @@ From the PASCAL VOC page of the University of Oxford, "VOC2012 training/validati
     sparc-loss evaluate --suite voc20,voc21 --data-root DATA --model ViT-B-16 --pretrained openai
 """
 
-from collections.abc import Mapping
 from functools import partial
 
-from sparc_loss.evaluation.dataset import EvaluationData, MaskCoding, read_lines
 from sparc_loss.evaluation.suites.presets import presets
-from sparc_loss.evaluation.suites.suite import DataFolder, Suite, class_names, segmentation_data
+from sparc_loss.evaluation.suites.suite import class_names
+from sparc_loss.evaluation.suites.voc_devkit import devkit_suite
 
-LAYOUT = tuple(
-    f"VOCdevkit/VOC2012/{path}"
-    for path in ("JPEGImages/*.jpg", "SegmentationClass/*.png", "ImageSets/Segmentation/val.txt")
-)
 CLASSES, SYNONYMS = class_names("voc"), class_names("voc-synonyms")
 
+_suite = partial(devkit_suite, year="VOC2012", masks="SegmentationClass", lists="Segmentation", classes=CLASSES)
 
-def _read(coding: MaskCoding, folder: DataFolder) -> Mapping[str, EvaluationData]:
-    root = folder.find("VOCdevkit/VOC2012")
-    split = folder.find("VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt")
-    rows = [
-        (root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in read_lines(split)
-    ]
-    return segmentation_data(folder, rows, split, CLASSES, coding)
-
-
-VOC20 = Suite(
+VOC20 = _suite(
     "voc20",
     "segmentation, PASCAL VOC 2012 val, 20 classes",
-    LAYOUT,
-    partial(_read, MaskCoding(background=False, ignored=(0, 255))),
     protocols=presets(CLASSES, SYNONYMS),
+    background=False,
 )
-VOC21 = Suite(
+VOC21 = _suite(
     "voc21",
     "segmentation, PASCAL VOC 2012 val, 20 classes and background",
-    LAYOUT,
-    partial(_read, MaskCoding()),
     protocols=presets(
         CLASSES,
         SYNONYMS,
@@ -53,4 +37,5 @@ VOC21 = Suite(
         sclip_scale=65.0,
         sclip_area=0.1,
     ),
+    background=True,
 )
