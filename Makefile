@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 train: $(STAMP)
-	$(BIN)/python -m examples.digit_scenes
+	$(BIN)/python -m examples.scenes
 
 study: $(STAMP)
 	$(BIN)/python -m examples.study

@@ -16,7 +16,9 @@ from sparc_loss.functional import (
 )
 from sparc_loss.losses.outputs import ModelOutputs
 
-from ..digit_scenes.scenes import IMAGE_SIZE, generate_scene
+from ..scenes.scene import IMAGE_SIZE, generate_scene
+from ..scenes.world import World
+from .candidates import CandidateLoss
 
 
 class StopGradientLoss(SparcLoss):
@@ -44,10 +46,14 @@ class NormalizedWeightsLoss(StopGradientLoss):
         return self._contrast(self._weights(tokens, patches), outputs)
 
 
-CURES = {"stop-gradient": StopGradientLoss, "normalized weights": NormalizedWeightsLoss}
+CURES = {
+    "stop-gradient": StopGradientLoss,
+    "normalized weights": NormalizedWeightsLoss,
+    "candidate": CandidateLoss,
+}
 
 
-def region_masks(count: int, grid: tuple[int, int], length: int) -> Tensor:
+def region_masks(world: World, count: int, grid: tuple[int, int], length: int) -> Tensor:
     """What the words of the first `count` training scenes may use, bool [count, length, patches].
 
     A word that tells colour, kind or size of an object: the patches whose centres lie in its box. Any other: all.
@@ -55,8 +61,8 @@ def region_masks(count: int, grid: tuple[int, int], length: int) -> Tensor:
     """
     masks = torch.ones(count, length, grid[0] * grid[1], dtype=torch.bool)
     for index in range(count):
-        for each in generate_scene("train", index).objects:
-            inside = _patches_inside(each.box, grid)
+        for each in generate_scene(world, "train", index).objects:
+            inside = torch.stack([_patches_inside(box, grid) for box in each.boxes]).any(dim=0)
             for word in each.words.values():
                 masks[index, word] = inside
     return masks

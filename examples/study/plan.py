@@ -8,7 +8,12 @@ from typing import Any, Literal
 Start = Literal["scratch", "warm"]
 Pooling = Literal["mean", "last"]
 
-SEEDS: dict[str, tuple[int, ...]] = {"objectives": (0, 1, 2), "image": (0, 1, 2), "recipe": (0, 1, 2, 3, 4)}
+SEEDS: dict[str, tuple[int, ...]] = {
+    "objectives": (0, 1, 2),
+    "image": (0, 1, 2),
+    "recipe": (0, 1, 2, 3, 4),
+    "candidates": (0,),
+}
 # Settings are chosen with a seed apart, on the validation split.
 TUNING_SEED = 100
 # Half as in the paper's SPARC, for all objectives alike: only the ratio to the fine-grained weight matters much.
@@ -86,7 +91,47 @@ RECIPE_VARIANTS = {
     "SPARC + 3, highest patches": Variant("sparc", {"image_negatives": 3, **_HIGHEST}),
     "CLIP + 7, highest patches": Variant("sparc", {**_WITHOUT_SEQUENCES, **_HIGHEST}),
 }
-PLANS = {"objectives": VARIANTS, "image": IMAGE_VARIANTS, "recipe": RECIPE_VARIANTS}
+# What was tried on the way to the recipe, and the weights of the two halves; one seed each.
+_RECIPE: dict[str, Any] = {"image_negatives": 3, **_HIGHEST}
+
+
+def _candidate(**changes: Any) -> Variant:
+    return Variant("sparc", {**_RECIPE, **changes}, cure="candidate")
+
+
+CANDIDATE_VARIANTS = {
+    **{name: VARIANTS[name] for name in ("CLIP", "CLIP + FILIP")},
+    "SPARC + 3, highest patches": RECIPE_VARIANTS["SPARC + 3, highest patches"],
+    "one direction": Variant("sparc", {**_RECIPE, "image_contrastive_direction": "text_to_image"}),
+    "threshold 1/P": Variant("sparc", {**_RECIPE, "image_contrastive_threshold": None}),
+    "threshold 0.5": Variant("sparc", {**_RECIPE, "image_contrastive_threshold": 0.5}),
+    "threshold 0.8": Variant("sparc", {**_RECIPE, "image_contrastive_threshold": 0.8}),
+    "softmax over patches": _candidate(contrast_alignment="softmax"),
+    "softmax of each word": _candidate(choice="softmax of each word"),
+    "sigmoid": _candidate(choice="sigmoid"),
+    "most similar images": _candidate(images="most similar"),
+    "1/temperature 10": _candidate(contrast_scale=10.0),
+    "1/temperature 30": _candidate(contrast_scale=30.0),
+    "weight grows from 0": _candidate(growth="weight"),
+    "images grow from 1 to 7": _candidate(growth="images", image_negatives=7),
+    "captions as queries": _candidate(queries="captions", image_contrastive_threshold=None),
+    "captions and words": _candidate(queries="both"),
+    **{f"SPARC, weight {weight}": Variant("sparc", {"fine_grained_weight": weight}) for weight in (0.1, 1.0, 3.0)},
+    **{
+        f"recipe, weight {weight}": Variant("sparc", {**_RECIPE, "fine_grained_weight": weight})
+        for weight in (0.1, 1.0, 3.0)
+    },
+    **{
+        f"recipe, contrast's weight {weight}": Variant("sparc", {**_RECIPE, "image_contrastive_weight": weight})
+        for weight in (0.1, 0.3, 3.0)
+    },
+}
+PLANS = {
+    "objectives": VARIANTS,
+    "image": IMAGE_VARIANTS,
+    "recipe": RECIPE_VARIANTS,
+    "candidates": CANDIDATE_VARIANTS,
+}
 # Family -> what a step costs, in CLIP's; orders the runs and moves the progress bar.
 FAMILIES = {"sparc": 1.0, "filip": 2.0, "pacl": 1.0, "gloria": 4.4, "mgca": 1.4}
 # The rows repeated with a text tower that pools its last token, as open_clip's own do.

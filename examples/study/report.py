@@ -11,7 +11,7 @@ import torch
 
 from sparc_loss.evaluation.markdown import markdown_table
 
-from ..digit_scenes.measures import MEASURES
+from ..scenes.measures import MEASURES
 from .plan import PLANS, Run
 
 # Heading of a column -> the measures whose mean it shows.
@@ -21,6 +21,7 @@ COLUMNS = {
     "K-Prec.": ("k_precision",),
     "colours": ("colour_word_pointing",),
     "kinds": ("kind_word_pointing",),
+    "new pairs": ("new_pair_pointing",),
     "phrases": ("phrase_pointing",),
     "phr. tokens": ("phrase_tokens_pointing",),
     "mIoU": ("mean_iou",),
@@ -73,7 +74,8 @@ def write_report(
     (folder / "study.json").write_text(compact + "\n", encoding="utf-8")
     (folder / "tables.md").write_text(tables, encoding="utf-8")
     for measure in MEASURES:
-        draw(measure, results, folder / f"{measure}.png")
+        if all(measure in result["test"] for result in results.values()):
+            draw(measure, results, folder / f"{measure}.png")
     return tables
 
 
@@ -104,18 +106,27 @@ def markdown_tables(results: Results) -> str:
 
 
 def _differences(rows: Mapping[str, list[Mapping[str, Any]]], reference: str) -> str:
-    table = [["", *COLUMNS]]
+    columns = _measured(COLUMNS, rows)
+    table = [["", *columns]]
     for name, runs in rows.items():
         if name == reference:
             continue
         cells = []
-        for measures in COLUMNS.values():
+        for measures in columns.values():
             pairs = zip(column_values(runs, measures), column_values(rows[reference], measures), strict=True)
             differences = [ours - theirs for ours, theirs in pairs]
             middle, low, high = (_signed(each(differences)) for each in (statistics.fmean, min, max))
             cells.append(f"{middle} ({low} to {high})")
         table.append([name, *cells])
     return markdown_table(table)
+
+
+def _measured(
+    columns: Mapping[str, tuple[str, ...]], rows: Mapping[str, list[Mapping[str, Any]]]
+) -> dict[str, tuple[str, ...]]:
+    """The columns that this world has."""
+    measured = next(iter(rows.values()))[0]["test"]
+    return {heading: measures for heading, measures in columns.items() if set(measures) <= measured.keys()}
 
 
 def _signed(value: float) -> str:
@@ -181,6 +192,7 @@ def draw(measure: str, results: Results, path: Path) -> None:
 
 
 def _table(rows: Mapping[str, list[Mapping[str, Any]]], columns: Mapping[str, tuple[str, ...]]) -> str:
+    columns = _measured(columns, rows)
     cells = [["", *columns]]
     for variant, runs in rows.items():
         cells.append([variant, *(spread(column_values(runs, names)) for names in columns.values())])

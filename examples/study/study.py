@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..digit_scenes.dataset import read_captions, write_dataset
-from ..digit_scenes.model import CONFIG, write_model
-from ..digit_scenes.scenes import Split
+from ..scenes.dataset import read_captions, read_world, write_dataset
+from ..scenes.model import CONFIG, write_model
+from ..scenes.world import Split
+from ..scenes.worlds import WORLDS
 from .plan import FAMILIES, PLANS, SEEDS, SIZES, TUNING_SEED, Run, Size, clip_run, final_runs, tuning_runs
 from .report import write_report
 from .training import Folders, execute
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = SIZES[arguments.size]
     if size.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--size gpu needs a GPU that torch can use; none is found")
-    folders = Folders((arguments.output or Path("runs") / f"study-{arguments.size}").resolve())
-    prepare(folders, size)
+    folders = Folders((arguments.output or _default_folder(arguments.world, arguments.size)).resolve())
+    prepare(folders, size, arguments.world)
 
     workers = arguments.workers or (os.cpu_count() if size.device == "cpu" else 1)
     chosen = choose_settings(run_all([clip_run("mean", TUNING_SEED), *tuning_runs()], size, folders, workers))
@@ -53,16 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Written to {report}: study.json, tables.md and a plot per measure")
 
 
-def prepare(folders: Folders, size: Size) -> None:
+def prepare(folders: Folders, size: Size, world: str = "digits") -> None:
     """The scenes and the untrained models, unless they are there.
 
     Raises:
-        SystemExit: those that are there are of another size.
+        SystemExit: those that are there are of another size or world.
     """
     folders.root.mkdir(parents=True, exist_ok=True)
     scenes: dict[Split, int] = {"train": size.scenes, "val": size.held_out, "test": size.held_out}
     if not folders.data.exists():
-        write_dataset(folders.data, scenes)
+        write_dataset(folders.data, scenes, world=world)
+    _check_found(folders.data, "scenes of the world", read_world(folders.data), world)
     for split, number in scenes.items():
         _check_found(folders.data, f"{split} scenes", len(read_captions(folders.data, split)), number)
     captions = read_captions(folders.data, "train")
@@ -71,7 +73,13 @@ def prepare(folders: Folders, size: Size) -> None:
             folder = folders.model(pooling, seed)
             if not folder.exists():
                 write_model(
-                    folder, captions, seed, pooling=pooling, width=size.width, vision_layers=size.vision_layers
+                    folder,
+                    captions,
+                    seed,
+                    pooling=pooling,
+                    width=size.width,
+                    vision_layers=size.vision_layers,
+                    world=world,
                 )
             vision = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["vision_cfg"]
             _check_found(folder, "width", vision["width"], size.width)
@@ -92,11 +100,11 @@ def run_all(runs: Sequence[Run], size: Size, folders: Folders, workers: int) -> 
 
 
 def choose_settings(results: Mapping[Run, Mapping[str, Any]]) -> dict[str, tuple[tuple[str, Any], ...]]:
-    """Family -> its best settings by the mean of CHOSEN_BY on the validation split."""
+    """Family -> its best settings by the mean of CHOSEN_BY on the validation split, as far as the world has them."""
     chosen = {}
     for family in FAMILIES:
         tried = {run.settings: result["val"] for run, result in results.items() if run.variant == f"tune {family}"}
-        chosen[family] = max(tried, key=lambda settings: sum(tried[settings][name] for name in CHOSEN_BY))
+        chosen[family] = max(tried, key=lambda settings: sum(tried[settings].get(name, 0) for name in CHOSEN_BY))
     return chosen
 
 
@@ -108,15 +116,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--plan",
         choices=PLANS,
         default="objectives",
-        help="the objectives like for like, what makes SPARC look at its image, or the recipe (%(default)s)",
+        help="the objectives like for like, what makes SPARC look at its image, the recipe, or what was tried on the "
+        "way to it (%(default)s)",
     )
+    parser.add_argument("--world", choices=WORLDS, default="digits", help="what the scenes show (%(default)s)")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="%(default)s takes about 80 minutes on 2 cores")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="runs/study-SIZE by default")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="runs/study-SIZE, or runs/study-WORLD-SIZE")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at a time (one per core; one on a GPU)")
     return parser.parse_args(argv)
 
 
-def _check_found(folder: Path, what: str, found: int, expected: int) -> None:
+def _default_folder(world: str, size: str) -> Path:
+    return Path("runs") / (f"study-{size}" if world == "digits" else f"study-{world}-{size}")
+
+
+def _check_found(folder: Path, what: str, found: int | str, expected: int | str) -> None:
     if found != expected:
         raise SystemExit(f"{folder} has {what}: {found}; expected {expected}, or another --output")
 

@@ -15,8 +15,9 @@ from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaLoss, PaclLoss
 from sparc_loss.losses.objective import Objective
 from sparc_loss.plugins.mgca_heads import add_heads
 
-from ..digit_scenes.dataset import read_annotations, read_captions
-from ..digit_scenes.measures import best_background_threshold, embed, levels, measure, read_images
+from ..scenes.dataset import read_annotations, read_captions, read_world
+from ..scenes.measures import best_background_threshold, embed, levels, measure, read_images
+from ..scenes.worlds import WORLDS
 from .cures import CURES, region_masks
 from .plan import GLOBAL_WEIGHT, LEARNING_RATES, Pooling, Run, Size
 
@@ -63,7 +64,12 @@ def execute(run: Run, size: Size, folders: Folders) -> dict[str, Any]:
 
     images = _training_images(folders.data)
     texts = tokenizer(read_captions(folders.data, "train"))
-    regions = _regions(round(run.boxes * len(images)), model.encode_patches(images[:1].float())[1], texts.shape[1])
+    regions = _regions(
+        read_world(folders.data),
+        round(run.boxes * len(images)),
+        model.encode_patches(images[:1].float())[1],
+        texts.shape[1],
+    )
     loss = train(model, make_loss(run), run, size, images, texts, preprocess.transforms[-1], regions)
 
     folders.weights(run).parent.mkdir(exist_ok=True)
@@ -118,6 +124,7 @@ def train(
     losses = []
     for step, batch in zip(range(steps), _batches(len(images), size.batch_size, run.seed), strict=False):
         loss.fine_grained_weight = weight if step >= begin else 0.0
+        loss.progress = step / steps
         outputs = model(normalize(images[batch].float() / 255).to(size.device), texts[batch].to(size.device))
         if run.shuffled:
             outputs["patch_features"] = outputs["patch_features"].roll(1, dims=0)
@@ -136,8 +143,8 @@ def train(
 
 
 @cache
-def _regions(count: int, grid: tuple[int, int], length: int) -> Tensor | None:
-    return region_masks(count, grid, length) if count else None
+def _regions(world: str, count: int, grid: tuple[int, int], length: int) -> Tensor | None:
+    return region_masks(WORLDS[world], count, grid, length) if count else None
 
 
 def _of_batch(regions: Tensor, batch: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ MEASURES = {
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     small = ("--scenes", "128", "--start-epochs", "1", "--epochs", "1")
-    finished = run_python("-m", "examples.digit_scenes", "--runs", str(runs), *small)
+    finished = run_python("-m", "examples.scenes", "--runs", str(runs), *small)
     assert finished.returncode == 0, finished.stdout
     return finished.stdout, next(runs.iterdir())
 
@@ -96,5 +96,5 @@ def test_sparc_loss_evaluate_measures_its_models_on_its_scenes(finished):
 
 def test_the_run_has_a_folder_of_its_own(finished):
     _, run = finished
-    assert run.name.startswith("digit-scenes-")
+    assert run.name.startswith("scenes-digits-")
     assert Path(run.parent / run.name / "data" / "train.csv").is_file()

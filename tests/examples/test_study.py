@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from examples.digit_scenes.measures import MEASURES
-from examples.digit_scenes.scenes import generate_scene
+from examples.scenes.measures import MEASURES
+from examples.scenes.scene import generate_scene
+from examples.scenes.worlds import WORLDS
 from examples.study import study, training
-from examples.study.cures import CURES, region_masks
+from examples.study.candidates import CandidateLoss
+from examples.study.cures import region_masks
 from examples.study.plan import (
     GRID,
     IMAGE_VARIANTS,
@@ -30,7 +32,7 @@ from examples.study.plan import (
 )
 from examples.study.report import markdown_tables, write_report
 from examples.study.training import Folders, _training_images, execute, make_loss
-from sparc_loss import functional
+from sparc_loss import SparcLoss, functional
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +160,31 @@ class TestRun:
         assert result["test"]["phrase_pointing"] >= 0
 
 
+def cosines(tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """Of each token with its group by the paper's weights, token by token."""
+    groups = []
+    for token in tokens:
+        similarity = patches @ token
+        weights = (similarity - similarity.min()) / (similarity.max() - similarity.min())
+        weights = weights * (weights >= 1 / len(patches))
+        groups.append(weights @ patches / weights.sum())
+    return F.cosine_similarity(torch.stack(groups), tokens, dim=-1)
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.exp() / logits.exp().sum()
+
+
+def sigmoid_loss(logits: torch.Tensor) -> torch.Tensor:
+    """The first is the own image."""
+    signs = torch.tensor([1.0] + [-1.0] * (len(logits) - 1))
+    return -(1 / (1 + (-signs * logits).exp())).log().sum()
+
+
+def mean(values) -> torch.Tensor:
+    return torch.stack(list(values)).mean()
+
+
 class TestCures:
     """Each on a batch made by hand, whose loss and gradient are known from the library's functions."""
 
@@ -172,7 +199,7 @@ class TestCures:
         }
         return {**features, "logit_scale": torch.tensor(10.0), "token_mask": torch.arange(5).expand(3, 5) < 4}
 
-    @pytest.mark.parametrize("cure", CURES)
+    @pytest.mark.parametrize("cure", ["stop-gradient", "normalized weights"])
     def test_the_loss_is_sparcs_by_other_weights(self, cure, outputs):
         loss = make_loss(warm(cure=cure))
         loss.global_weight = 0
@@ -190,11 +217,65 @@ class TestCures:
         ):
             torch.testing.assert_close(ours, theirs)
 
+    def test_a_candidate_without_a_change_is_the_librarys_contrast(self, outputs):
+        settings = {"image_negatives": 2, "image_contrastive_direction": "both", "image_contrastive_threshold": 1.0}
+        outputs["token_mask"][1, 2] = False
+        torch.testing.assert_close(CandidateLoss(**settings)(**outputs), SparcLoss(**settings)(**outputs))
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"choice": "softmax of each word"}, lambda words, _: mean(-softmax(one)[0].log() for one in words)),
+            ({"choice": "sigmoid"}, lambda words, scores: mean(map(sigmoid_loss, scores - scores.mean()))),
+            ({"contrast_scale": 30.0}, lambda words, scores: mean(-softmax(3 * one)[0].log() for one in scores)),
+            ({"growth": "weight"}, lambda words, scores: mean(-softmax(one)[0].log() for one in scores) / 4),
+            ({"growth": "images"}, lambda words, scores: mean(-softmax(one[:2])[0].log() for one in scores)),
+        ],
+    )
+    def test_a_candidate_differs_in_one_respect(self, change, expected, outputs):
+        """`words` are the scores of each word on its own image and the next two, `scores` those of each caption."""
+        outputs["token_mask"][1, 2] = False
+        loss = CandidateLoss(global_weight=0, fine_grained_weight=0, image_negatives=2, **change)
+        loss.progress = 0.25
+        words, scores = [], []
+        for caption in range(3):
+            valid = outputs["token_mask"][caption]
+            tokens = outputs["token_features"][caption][valid]
+            each = torch.stack(
+                [cosines(tokens, outputs["patch_features"][(caption + k) % 3]) for k in range(3)], dim=1
+            )
+            words += [*(10 * each)]
+            scores.append(10 * each.mean(dim=0))
+        torch.testing.assert_close(loss(**outputs), expected(words, torch.stack(scores)))
+
+    def test_the_most_similar_images_are_those_of_the_global_embeddings(self, outputs):
+        outputs["image_features"] = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
+        outputs["text_features"] = torch.tensor([[3.0, 1, 2, 0], [0, 9, 8, 0], [0, 1, 0, 0]])
+        loss = CandidateLoss(global_weight=0, fine_grained_weight=0, image_negatives=1, images="most similar")
+        losses = []
+        for caption, other in enumerate((2, 2, 1)):
+            tokens = outputs["token_features"][caption][outputs["token_mask"][caption]]
+            scores = [cosines(tokens, outputs["patch_features"][image]).mean() for image in (caption, other)]
+            losses.append(-softmax(10 * torch.stack(scores))[0].log())
+        torch.testing.assert_close(loss(**outputs), mean(losses))
+
+    def test_captions_are_queries_by_their_global_embedding(self, outputs):
+        queries = {"fine_grained_weight": 0, "global_weight": 0, "image_negatives": 2}
+        captions, both, words = (
+            CandidateLoss(**queries, queries=each)(**outputs) for each in ("captions", "both", "words")
+        )
+        scores = [
+            torch.stack([cosines(text[None].double(), outputs["patch_features"][(i + k) % 3])[0] for k in range(3)])
+            for i, text in enumerate(outputs["text_features"])
+        ]
+        torch.testing.assert_close(captions, mean(-softmax(10 * each)[0].log() for each in scores))
+        torch.testing.assert_close(both, captions + words)
+
     def test_words_of_an_object_may_use_the_patches_of_its_box_and_others_all(self):
-        masks = region_masks(5, (8, 8), 32)
+        masks = region_masks(WORLDS["digits"], 5, (8, 8), 32)
         for index, mask in enumerate(masks):
-            scene = generate_scene("train", index)
-            told = {word: each.box for each in scene.objects for word in each.words.values()}
+            scene = generate_scene(WORLDS["digits"], "train", index)
+            told = {word: each.boxes[0] for each in scene.objects for word in each.words.values()}
             for position in range(32):
                 left, top, right, bottom = told.get(position, (0, 0, 64, 64))
                 for patch in range(64):
@@ -276,7 +357,7 @@ class TestReport:
         tables = markdown_tables(results)
         # Retrieval is the mean of the first two measures; every other column is the next.
         of_all, of_images = (
-            " | ".join(f".{figure} ± .10" for figure in each) for each in ((36, *range(39, 52, 2)), range(53, 64, 2))
+            " | ".join(f".{figure} ± .10" for figure in each) for each in ((36, *range(39, 54, 2)), range(55, 66, 2))
         )
         assert "| CLIP + FILIP                  | .36 ± .10 |" in tables
         assert f"| CLIP + FILIP | {of_all} |" in re.sub(" +", " ", tables)

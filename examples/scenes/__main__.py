@@ -1,4 +1,4 @@
-"""`python -m examples.digit_scenes`, which is `make train`."""
+"""`python -m examples.scenes`, which is `make train`."""
 
 if __name__ == "__main__":
     # Here, not above: the processes that draw the scenes import this file anew, and need no torch.

@@ -34,19 +34,19 @@ from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.evaluation.markdown import markdown_table
 from sparc_loss.functional import token_patch_similarity
 
-from .captions import SIZES_SAID
 from .dataset import Annotations
 from .evaluation_csv import swapped_captions
-from .scenes import COLOURS, IMAGE_SIZE, KINDS, SceneObject
+from .scene import IMAGE_SIZE, SceneObject
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 MEASURES = {
     "image_to_text_recall": "retrieval R@1, image to text",
     "text_to_image_recall": "retrieval R@1, text to image",
-    "hard_negatives": "colours swapped: the true caption is nearer",
+    "hard_negatives": "two words exchanged: the true caption is nearer",
     "k_precision": "K-Precision, nouns and adjectives",
     "colour_word_pointing": "pointing, colour words",
     "kind_word_pointing": "pointing, kind words",
+    "new_pair_pointing": "pointing, kind words of pairs never seen together",
     "phrase_pointing": "pointing, phrases",
     "phrase_tokens_pointing": "pointing, phrases as mean of their tokens",
     "mean_iou": "segmentation mIoU with background",
@@ -81,7 +81,7 @@ class Embeddings:
     token_features: Tensor  # [N, L, D]
     token_mask: Tensor  # [N, L]
     words: list[list[list[int]]]  # the positions of the tokens of each word of each caption
-    swapped: dict[int, Tensor]  # scene -> its caption with two colours exchanged, [D]
+    swapped: dict[int, Tensor]  # scene -> its caption with two words exchanged, [D]
     phrase_features: Tensor  # [C, D], normalised, in the order of `phrases`
     phrase_token_features: Tensor  # [C, D], the sum of the phrase's token embeddings
     phrases: list[str]
@@ -120,7 +120,10 @@ def embed(model: nn.Module, tokenizer: Any, images: Tensor, scenes: Annotations)
 
 
 def measure(embeddings: Embeddings, scenes: Annotations, background_threshold: float) -> dict[str, float]:
-    """All measures of a split by the names of MEASURES: in [0, 1], but for the losses, which are only at least 0."""
+    """The measures of a split by the names of MEASURES: in [0, 1], but for the losses, which are only at least 0.
+
+    Pointing by colours, and by pairs never seen together, is of worlds that have them.
+    """
     recall = recall_at_k(embeddings.image_features, embeddings.text_features)
     nearest = nearest_captions(embeddings.image_features, embeddings.text_features)
     swapped = list(embeddings.swapped)
@@ -134,7 +137,9 @@ def measure(embeddings: Embeddings, scenes: Annotations, background_threshold: f
             embeddings.text_features[swapped],
             torch.stack(list(embeddings.swapped.values())),
         ),
-        "k_precision": k_precision(scenes.captions, nearest, counts=_NOUNS_AND_ADJECTIVES).precision.nanmean().item(),
+        "k_precision": k_precision(scenes.captions, nearest, counts=_nouns_and_adjectives(scenes))
+        .precision.nanmean()
+        .item(),
         **{name: _mean(game.hits) for name, game in games.items()},
         "mean_iou": _mean_iou_by_threshold(embeddings, scenes, [background_threshold])[0],
         **{f"{images}_images": getattr(dependence, images).token_accuracy for images in _IMAGES},
@@ -158,7 +163,7 @@ def levels(embeddings: Embeddings, scenes: Annotations) -> dict[str, Level]:
         guessed = guessed + torch.stack(guess)
         best = best + torch.stack(intersection_and_union(majority, target, len(names)))
     any_caption = torch.zeros(len(scenes.captions), dtype=torch.long)
-    precision = k_precision(scenes.captions, any_caption, counts=_NOUNS_AND_ADJECTIVES).chance.nanmean().item()
+    precision = k_precision(scenes.captions, any_caption, counts=_nouns_and_adjectives(scenes)).chance.nanmean().item()
     by_chance = _image_dependence(embeddings).chance
     tokens = embeddings.token_mask.sum(dim=1)
     tied_loss = ((tokens * tokens.clamp(min=1).log()).sum() / tokens.sum()).item()
@@ -185,12 +190,22 @@ def measures_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """One row per measure, one column per model."""
     rows = [["measure", *columns]]
     for name, title in MEASURES.items():
-        rows.append([title, *(f"{column[name]:.3f}" for column in columns.values())])
+        if all(name in column for column in columns.values()):
+            rows.append([title, *(f"{column[name]:.3f}" for column in columns.values())])
     return markdown_table(rows)
 
 
 _IMAGES = ("right", "shuffled", "constant")
-_NOUNS_AND_ADJECTIVES = {*COLOURS, *KINDS, *(word for words in SIZES_SAID.values() for word in words)}
+
+
+def _nouns_and_adjectives(scenes: Annotations) -> set[str]:
+    """The words that tell something of an object, of all captions."""
+    return {
+        caption.split()[word].strip(",")
+        for caption, objects in zip(scenes.captions, scenes.objects, strict=True)
+        for each in objects
+        for word in each.words.values()
+    }
 
 
 def _image_dependence(embeddings: Embeddings) -> ImageDependence:
@@ -201,27 +216,35 @@ def _image_dependence(embeddings: Embeddings) -> ImageDependence:
 
 
 def _pointing_games(embeddings: Embeddings, scenes: Annotations) -> dict[str, PointingGame]:
+    words = {
+        "colour_word_pointing": _said(scenes, "colour"),
+        "kind_word_pointing": _said(scenes, "kind"),
+        "new_pair_pointing": [(index, each, word) for index, each, word in _said(scenes, "kind") if each.new_pair],
+    }
     return {
-        "colour_word_pointing": _word_pointing(embeddings, scenes, "colour"),
-        "kind_word_pointing": _word_pointing(embeddings, scenes, "kind"),
+        **{name: _word_pointing(embeddings, said) for name, said in words.items() if said},
         "phrase_pointing": _phrase_pointing(embeddings, scenes, embeddings.phrase_features),
         "phrase_tokens_pointing": _phrase_pointing(embeddings, scenes, embeddings.phrase_token_features),
     }
 
 
-def _word_pointing(embeddings: Embeddings, scenes: Annotations, says: str) -> PointingGame:
-    """Words of the captions by their own token embeddings, with the loss's similarity (Eq. 2)."""
-    similarity = token_patch_similarity(embeddings.token_features, embeddings.patch_features)
-    named = [
-        (index, embeddings.words[index][each.words[says]], each.box)
+def _said(scenes: Annotations, says: str) -> list[tuple[int, SceneObject, int]]:
+    """Scene, object and word, wherever a caption says this of an object."""
+    return [
+        (index, each, each.words[says])
         for index, objects in enumerate(scenes.objects)
         for each in objects
         if says in each.words
     ]
+
+
+def _word_pointing(embeddings: Embeddings, said: Sequence[tuple[int, SceneObject, int]]) -> PointingGame:
+    """Words of the captions by their own token embeddings, with the loss's similarity (Eq. 2)."""
+    similarity = token_patch_similarity(embeddings.token_features, embeddings.patch_features)
+    named = [(index, embeddings.words[index][word], each) for index, each, word in said]
     # A word's tokens lie in their mean; what the context has cut off, no model could point at.
     maps = torch.stack([similarity[index, positions].mean(dim=0) for index, positions, _ in named if positions])
-    boxes = torch.tensor([box for _, positions, box in named if positions])
-    return pointing_game(maps, embeddings.grid, box_masks(boxes, *SIZE))
+    return pointing_game(maps, embeddings.grid, _masks([each for _, positions, each in named if positions]))
 
 
 def _phrase_pointing(embeddings: Embeddings, scenes: Annotations, phrase_features: Tensor) -> PointingGame:
@@ -230,7 +253,12 @@ def _phrase_pointing(embeddings: Embeddings, scenes: Annotations, phrase_feature
     named = [(index, each) for index, objects in enumerate(scenes.objects) for each in objects]
     phrase_features = phrase_features[[embeddings.phrases.index(each.phrase) for _, each in named]]
     maps = (patch_features[[index for index, _ in named]] @ phrase_features.unsqueeze(-1)).squeeze(-1)
-    return pointing_game(maps, embeddings.grid, box_masks(torch.tensor([each.box for _, each in named]), *SIZE))
+    return pointing_game(maps, embeddings.grid, _masks([each for _, each in named]))
+
+
+def _masks(objects: Sequence[SceneObject]) -> Tensor:
+    """Where each may be found: in any of its boxes, bool [N, 64, 64]."""
+    return torch.stack([box_masks(torch.tensor(each.boxes), *SIZE).any(dim=0) for each in objects])
 
 
 def _mean_iou_by_threshold(embeddings: Embeddings, scenes: Annotations, thresholds: Sequence[float]) -> list[float]:

@@ -1,9 +1,10 @@
 """Scenes on disk as open_clip's training reads them, with the ground truth of the held-out splits beside them.
 
 folder/
+  world.txt                       the world's name
   train.csv, val.csv, test.csv    tab-separated, columns filepath (absolute) and title
   images/SPLIT/NNNNN.png
-  val.json, test.json             per scene: its caption and its objects (kind, colour, size, box, words)
+  val.json, test.json             per scene: its caption and its objects (kind, colour, size, boxes, words ...)
   val.npz, test.npz               labels: uint8 [N, 64, 64]; 0 is background, i + 1 the scene's object i
 """
 
@@ -20,12 +21,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from .folders import drafted
-from .scenes import SPLITS, Scene, SceneObject, Split, generate_scene
+from .scene import Scene, SceneObject, generate_scene
+from .world import SPLITS, Split
+from .worlds import WORLDS
 
 SIZES: dict[Split, int] = {"train": 16_000, "val": 500, "test": 500}
 
 _ANNOTATED: tuple[Split, ...] = ("val", "test")
 _CHUNK = 250
+_WORLD = "world.txt"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,11 @@ class Annotations:
 
 
 def write_dataset(
-    folder: str | Path, sizes: Mapping[Split, int] = SIZES, seed: int = 0, workers: int | None = None
+    folder: str | Path,
+    sizes: Mapping[Split, int] = SIZES,
+    seed: int = 0,
+    workers: int | None = None,
+    world: str = "digits",
 ) -> Path:
     """Write the three splits; either the whole folder appears or nothing.
 
@@ -55,23 +63,36 @@ def write_dataset(
         sizes: scenes per split.
         seed: of everything.
         workers: processes; None is one per core, at most 4. The files do not depend on it.
+        world: a key of `worlds.WORLDS`.
 
     Returns:
         The folder, absolute.
 
     Raises:
         FileExistsError: `folder` is there.
-        ValueError: a split is unknown or has no scene.
+        ValueError: a split is unknown or has no scene, or the world is unknown.
     """
     folder = Path(folder).resolve()
+    if world not in WORLDS:
+        raise ValueError(f"world is {world!r}; expected one of {', '.join(map(repr, WORLDS))}")
     for split, size in sizes.items():
         if split not in SPLITS or size < 1:
             raise ValueError(
                 f"sizes has {split!r}: {size}; expected splits {', '.join(SPLITS)}, 1 or more scenes each"
             )
     with drafted(folder) as draft:
-        _write_splits(draft, folder, sizes, seed, workers or min(4, os.cpu_count() or 1))
+        _write_splits(draft, folder, sizes, seed, workers or min(4, os.cpu_count() or 1), world)
+        (draft / _WORLD).write_text(f"{world}\n", encoding="utf-8")
     return folder
+
+
+def read_world(folder: str | Path) -> str:
+    """The name of the world of a data set.
+
+    Raises:
+        FileNotFoundError: the folder does not say; `write_dataset` did not write it.
+    """
+    return (Path(folder) / _WORLD).read_text(encoding="utf-8").strip()
 
 
 def read_annotations(folder: str | Path, split: Split) -> Annotations:
@@ -85,7 +106,7 @@ def read_annotations(folder: str | Path, split: Split) -> Annotations:
     with np.load(folder / f"{split}.npz") as arrays:
         labels = arrays["labels"]
     objects = [
-        tuple(SceneObject(**{**fields, "box": tuple(fields["box"])}) for fields in scene["objects"])
+        tuple(SceneObject(**{**each, "boxes": tuple(map(tuple, each["boxes"]))}) for each in scene["objects"])
         for scene in scenes
     ]
     images = [_image_path(folder, split, index) for index in range(len(scenes))]
@@ -107,11 +128,12 @@ class _Chunk:
     start: int
     stop: int
     seed: int
+    world: str
 
 
-def _write_splits(draft: Path, folder: Path, sizes: Mapping[Split, int], seed: int, workers: int) -> None:
+def _write_splits(draft: Path, folder: Path, sizes: Mapping[Split, int], seed: int, workers: int, world: str) -> None:
     chunks = [
-        _Chunk(draft, split, start, min(start + _CHUNK, size), seed)
+        _Chunk(draft, split, start, min(start + _CHUNK, size), seed, world)
         for split, size in sizes.items()
         for start in range(0, size, _CHUNK)
     ]
@@ -143,7 +165,7 @@ def _write_images(chunk: _Chunk) -> tuple[list[str], list[Scene]]:
     """Write the images; returns the captions and, where the split is annotated, the scenes."""
     captions, scenes = [], []
     for index in range(chunk.start, chunk.stop):
-        scene = generate_scene(chunk.split, index, chunk.seed)
+        scene = generate_scene(WORLDS[chunk.world], chunk.split, index, chunk.seed)
         Image.fromarray(scene.image).save(_image_path(chunk.folder, chunk.split, index), compress_level=1)
         captions.append(scene.caption)
         if chunk.split in _ANNOTATED:

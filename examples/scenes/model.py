@@ -21,7 +21,9 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 
 from .captions import MAX_WORDS
 from .folders import drafted
-from .scenes import IMAGE_SIZE
+from .scene import IMAGE_SIZE
+from .world import World
+from .worlds import WORLDS
 
 CONTEXT_LENGTH = 32
 CONFIG = "open_clip_config.json"
@@ -37,8 +39,6 @@ _VISION = {
 }
 _MEAN_POOLED = {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
 _PAD, _UNKNOWN = "[PAD]", "[UNK]"
-# Mean and standard deviation of the scenes' pixels, all channels alike.
-_MEAN, _STD = 0.36, 0.16
 
 assert MAX_WORDS <= CONTEXT_LENGTH
 
@@ -54,6 +54,7 @@ def write_model(
     pooling: Pooling = "mean",
     width: int = 96,
     vision_layers: int = 2,
+    world: str = "digits",
 ) -> Path:
     """Write an untrained model.
 
@@ -67,6 +68,7 @@ def write_model(
             end-of-text token and its tokenizer.
         width: of both towers.
         vision_layers: of the vision tower.
+        world: of the scenes it will see: a key of `worlds.WORLDS`.
 
     Returns:
         The folder, absolute. Keep it where it is: its configuration names its own path.
@@ -85,7 +87,7 @@ def write_model(
             text = {"width": width, "heads": width // _HEAD_WIDTH, "layers": 1}
         text["context_length"] = CONTEXT_LENGTH
         config = {"embed_dim": width, "vision_cfg": vision, "text_cfg": text}
-        _write_config(draft, config)
+        _write_config(draft, config, _preprocessing(WORLDS[world]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _build(config, draft)
@@ -113,10 +115,11 @@ def warm_start(folder: str | Path, model_folder: str | Path, checkpoint: str | P
         for file in Path(model_folder).iterdir():
             if file.name != WEIGHTS:
                 shutil.copy(file, draft)
-        config = json.loads((draft / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        whole = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
+        config = whole["model_cfg"]
         if "hf_model_name" in config["text_cfg"]:
             config["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
-        _write_config(draft, config)
+        _write_config(draft, config, whole["preprocess_cfg"])
         _save_weights(load_state_dict(str(checkpoint)), draft)
     return folder
 
@@ -154,8 +157,12 @@ def _text_config(vocabulary: int, width: int) -> BertConfig:
     )
 
 
-def _write_config(draft: Path, config: dict[str, Any]) -> None:
-    whole = {"model_cfg": config, "preprocess_cfg": {"mean": [_MEAN] * 3, "std": [_STD] * 3}}
+def _preprocessing(world: World) -> dict[str, list[float]]:
+    return {"mean": [world.mean] * 3, "std": [world.std] * 3}
+
+
+def _write_config(draft: Path, config: dict[str, Any], preprocessing: dict[str, list[float]]) -> None:
+    whole = {"model_cfg": config, "preprocess_cfg": preprocessing}
     (draft / CONFIG).write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 

@@ -1,9 +1,13 @@
-"""What a person might say of a scene: its objects by colour, kind and size, and how they stand to each other."""
+"""What a person might say of a scene: the number, colour, kind and size of its objects, and how they stand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from .world import Group
+
+Box = tuple[int, int, int, int]
 
 MIN_WORDS, MAX_WORDS = 6, 25
 
@@ -18,30 +22,30 @@ _RELATIONS = {
     "below": ("below", "under", "lower than"),
     "near": ("next to", "beside", "close to"),
 }
+_NUMBERS = ("no", "one", "two", "three", "four", "five")
 _SIZE_SAID, _COLOUR_SAID, _NEAR_SAID = 0.4, 0.9, 0.4
 _NEAR_PIXELS = 8
 
 
 @dataclass(frozen=True)
 class Mention:
-    """An object to be named: kind, colour and size in words, box as (left, top, right, bottom) in pixels."""
+    """Objects to be named: their size in words, and the box of each as (left, top, right, bottom) in pixels."""
 
-    kind: str
-    colour: str
+    group: Group
     size: str
-    box: tuple[int, int, int, int]
+    boxes: tuple[Box, ...]
 
 
 def phrase(*words: str) -> str:
     """`words` after the article that the first one takes: "a red seven", "an eight"."""
-    return " ".join([_article(words[0]), *words])
+    return " ".join([article(words[0]), *words])
 
 
 def describe(mentions: Sequence[Mention], rng: np.random.Generator) -> tuple[str, list[dict[str, int]]]:
-    """A caption that names every object once and says nothing false.
+    """A caption that names every mention once and says nothing false.
 
     Returns:
-        The caption of 6 to 25 words, and per object what is said of it ("colour", "kind", "size") -> the index of
+        The caption of 6 to 25 words, and per mention what is said of it ("colour", "kind", "size") -> the index of
         that word in `caption.split()`. Punctuation stands at the end of words.
     """
     words: Words = []
@@ -72,18 +76,24 @@ class _Teller:
     def __init__(self, mentions: Sequence[Mention], rng: np.random.Generator) -> None:
         self.mentions = mentions
         self.rng = rng
-        self.order = rng.permutation(len(mentions)).tolist()
+        # Single objects first: only these stand somewhere to each other.
+        order = rng.permutation(len(mentions)).tolist()
+        self.order = sorted(order, key=lambda number: mentions[number].group.count > 1)
+        self.singles = sum(mention.group.count == 1 for mention in mentions)
         self.names = [self.name(number) for number in range(len(mentions))]
 
     def tell(self) -> Words:
-        sentences = [self.enumerate, self.relate, self.invert, self.point_back]
-        if len(self.mentions) > 2:
+        sentences = [self.enumerate]
+        if self.singles > 1:
+            sentences += [self.relate, self.invert, self.point_back]
+        if self.singles > 2:
             sentences.append(self.chain)
         return self.pick(sentences)()
 
     def enumerate(self) -> Words:
         """[a picture of] A, B and C [on a noisy background]"""
-        return self.say(_OPENINGS) + _join([self.names[n] for n in self.order]) + self.say(_CLOSINGS)
+        opening = self.agree(self.pick(_OPENINGS), self.order[0])
+        return opening + _join([self.names[n] for n in self.order]) + self.say(_CLOSINGS)
 
     def relate(self) -> Words:
         """A is left of B[, with C and D]"""
@@ -112,22 +122,23 @@ class _Teller:
         if not rest:
             return words
         before, after = self.pick([("with", ""), ("and there is", ""), ("and", "elsewhere"), ("and also", "")])
-        return _comma(words) + _plain(before) + _join([self.names[n] for n in rest]) + _plain(after)
+        return _comma(words) + self.agree(before, rest[0]) + _join([self.names[n] for n in rest]) + _plain(after)
 
     def name(self, number: int) -> Words:
-        """Article, perhaps the size, nearly always the colour, the kind."""
+        """Article or number, perhaps the size, nearly always the colour if there is one, the kind."""
         mention, words = self.mentions[number], []
+        group = mention.group
         if self.rng.random() < _SIZE_SAID:
             words.append(_Word(self.pick(SIZES_SAID[mention.size]), number, "size"))
-        if self.rng.random() < _COLOUR_SAID:
-            words.append(_Word(mention.colour, number, "colour"))
-        words.append(_Word(mention.kind, number, "kind"))
-        return [*_plain(_article(words[0].text)), *words]
+        if self.rng.random() < _COLOUR_SAID and group.colour:
+            words.append(_Word(group.colour, number, "colour"))
+        words.append(_Word(group.kind if group.count == 1 else group.plural, number, "kind"))
+        return [*_plain(article(words[0].text) if group.count == 1 else _NUMBERS[group.count]), *words]
 
     def relation(self, first: int, second: int) -> Words:
-        """How one object stands to another: near, or by the axis along which they are further apart."""
-        left, top, right, bottom = self.mentions[first].box
-        other_left, other_top, other_right, other_bottom = self.mentions[second].box
+        """How one single object stands to another: near, or by the axis along which they are further apart."""
+        left, top, right, bottom = self.mentions[first].boxes[0]
+        other_left, other_top, other_right, other_bottom = self.mentions[second].boxes[0]
         gap = max(other_left - right, left - other_right, other_top - bottom, top - other_bottom)
         across, down = left + right - other_left - other_right, top + bottom - other_top - other_bottom
         if gap <= _NEAR_PIXELS and self.rng.random() < _NEAR_SAID:
@@ -137,6 +148,10 @@ class _Teller:
         else:
             relation = "above" if down < 0 else "below"
         return self.say(_RELATIONS[relation])
+
+    def agree(self, text: str, number: int) -> Words:
+        """`text` before a mention, with "there are" where that is of several objects."""
+        return _plain(text.replace("there is", "there are") if self.mentions[number].group.count > 1 else text)
 
     def say(self, choices: Sequence[str]) -> Words:
         return _plain(self.pick(choices))
@@ -161,5 +176,6 @@ def _plain(text: str) -> Words:
     return [_Word(word) for word in text.split()]
 
 
-def _article(word: str) -> str:
-    return "an" if word in ("orange", "eight") else "a"
+def article(word: str) -> str:
+    """ "a" or "an" before `word`."""
+    return "an" if (word[0] in "aeio" and word != "one") or word == "umbrella" else "a"
