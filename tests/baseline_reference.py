@@ -123,6 +123,37 @@ def gloria(outputs: dict[str, Tensor], matching_scale: float = 5.0) -> Tensor:
     return info_nce(pairs, outputs["logit_scale"], match, match)
 
 
+def flair(outputs: dict[str, Tensor], weights: dict[str, Tensor], heads: int) -> Tensor:
+    """`weights` are those of FlairHeads by their names; the layer norms are as they are at first."""
+    scale, pairs = outputs["logit_scale"], pairs_of(outputs)
+
+    def linear(vector: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+        return torch.stack([dot(row, vector) for row in matrix]) + bias
+
+    size = len(pairs[0].text)
+    matrices, biases = weights["attn.in_proj_weight"], weights["attn.in_proj_bias"]
+    query, key, value = ((matrices[k * size : (k + 1) * size], biases[k * size : (k + 1) * size]) for k in range(3))
+
+    def pooled(image: Pair, caption: Pair) -> Tensor:
+        own = linear(layer_norm(caption.text), *query)
+        keys = [linear(layer_norm(patch), *key) for patch in image.patches]
+        values = [linear(layer_norm(patch), *value) for patch in image.patches]
+        outputs = []
+        for head in range(heads):
+            part = slice(head * size // heads, (head + 1) * size // heads)
+            logits = [dot(own[part], each[part]) / math.sqrt(size // heads) for each in keys]
+            *shares, _ = softmax([*logits, torch.zeros((), dtype=torch.float64)])
+            outputs.append(weighted_sum(shares, [each[part] for each in values]))
+        return linear(torch.cat(outputs), weights["attn.out_proj.weight"], weights["attn.out_proj.bias"])
+
+    total = torch.zeros((), dtype=torch.float64)
+    for i, image in enumerate(pairs):
+        for j, caption in enumerate(pairs if image.patches else []):
+            logit = scale * cosine(pooled(image, caption), caption.text) + weights["bias"]
+            total = total + (1 + (-logit if i == j else logit).exp()).log()
+    return total / len(pairs)
+
+
 def layer_norm(vector: Tensor) -> Tensor:
     average = sum(vector) / len(vector)
     variance = sum((each - average) ** 2 for each in vector) / len(vector)

@@ -78,7 +78,7 @@ def test_the_check_that_the_patch_is_in_tells_the_two_apart(site):
     command = ("-c", "from open_clip_train.params import parse_args; parse_args(['--loss', '?'])")
     patched, stock = run_python(*command, env=on_path(site)), run_python(*command)
     assert patched.returncode == 2
-    assert "unknown loss '?' (known losses: clip, filip, gloria, mgca, pacl, sparc)" in patched.stdout
+    assert "unknown loss '?' (known losses: clip, filip, flair, gloria, mgca, pacl, sparc)" in patched.stdout
     assert (stock.returncode, stock.stdout.strip()) == (0, "")
 
 

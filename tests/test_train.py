@@ -97,7 +97,8 @@ REFUSED = {
     ),
     "an unknown loss": (
         ("--loss", "sprac"),
-        "argument --loss: unknown loss 'sprac'; known: clip, filip, gloria, mgca, pacl, sparc; did you mean 'sparc'?",
+        "argument --loss: unknown loss 'sprac'; known: clip, filip, flair, gloria, mgca, pacl, sparc; "
+        "did you mean 'sparc'?",
     ),
     "an abbreviated flag, which open_clip takes for --loss-dist-impl": (
         ("--los", "sparc"),

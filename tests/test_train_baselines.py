@@ -1,4 +1,4 @@
-"""`python -m sparc_loss.train --loss filip | pacl | gloria | mgca`, as real processes on the CPU."""
+"""`python -m sparc_loss.train --loss filip | pacl | gloria | mgca | flair`, as real processes on the CPU."""
 
 import math
 
@@ -40,21 +40,26 @@ def test_trains(folder, name, flags):
     assert_logged(log, "Contrastive_loss", "Fine_grained_loss")
 
 
-def test_mgca_trains_its_heads_resumes_with_them_and_loads_in_plain_open_clip(folder):
+HEADS = {"mgca": ("prototypes", "Prototype_loss"), "flair": ("attn.in_proj_weight", "Fine_grained_loss")}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_learned_heads_train_resume_and_load_in_plain_open_clip(folder, name):
+    parameter, term = HEADS[name]
     resumable = ("--lr-scheduler", "const", "--val-data", str(folder / "val.csv"))
-    log = train(folder, *resumable, name="mgca", launcher=(*LAUNCHER, "mgca"))
-    assert_logged(log, "Contrastive_loss", "Fine_grained_loss", "Prototype_loss")
-    log = train(folder, *resumable, "--resume", "latest", name="mgca", epochs=2, launcher=(*LAUNCHER, "mgca"))
+    log = train(folder, *resumable, name=name, launcher=(*LAUNCHER, name))
+    assert_logged(log, "Contrastive_loss", "Fine_grained_loss", term)
+    log = train(folder, *resumable, "--resume", "latest", name=name, epochs=2, launcher=(*LAUNCHER, name))
     assert "resuming checkpoint" in log
 
-    first, second = (checkpoint(folder, "mgca", epoch)["state_dict"] for epoch in (1, 2))
-    heads = [state_dict._metadata["mgca_heads"]["parameters"]["prototypes"] for state_dict in (first, second)]
-    assert 0 < (heads[0] - heads[1]).abs().max() < 0.1  # trained further, not made anew: they are normal at first
-    assert_loads_without_sparc_loss(checkpoint_path(folder, "mgca", 2), folder / "tiny.json")
+    first, second = (checkpoint(folder, name, epoch)["state_dict"] for epoch in (1, 2))
+    heads = [state_dict._metadata[f"{name}_heads"]["parameters"][parameter] for state_dict in (first, second)]
+    assert 0 < (heads[0] - heads[1]).abs().max() < 0.1  # trained further, not made anew
+    assert_loads_without_sparc_loss(checkpoint_path(folder, name, 2), folder / "tiny.json")
 
 
-@pytest.mark.exhaustive
-def test_mgca_trains_on_two_gloo_ranks(folder):
-    log = train(folder, name="mgca-two-ranks", launcher=(*TORCHRUN, "mgca"))
-    assert_logged(log, "Contrastive_loss", "Fine_grained_loss", "Prototype_loss")
+@pytest.mark.parametrize("name", [pytest.param("mgca", marks=pytest.mark.exhaustive), "flair"])
+def test_learned_heads_train_on_two_gloo_ranks(folder, name):
+    log = train(folder, name=f"{name}-two-ranks", launcher=(*TORCHRUN, name))
+    assert_logged(log, "Contrastive_loss", "Fine_grained_loss", HEADS[name][1])
     assert log.count("turning on --local-loss --gather-with-grad") == 1

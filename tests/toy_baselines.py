@@ -12,12 +12,16 @@ FEWER_TOKENS = 3  # on the last rank, whose captions of "very different lengths"
 
 
 class ModelWithHeads(nn.Module):
-    """The linear model, and MGCA's heads if asked for."""
+    """The linear model, and the heads of a loss that has some."""
 
-    def __init__(self, heads: bool) -> None:
+    def __init__(self, loss: str, world_size: int) -> None:
         super().__init__()
         self.model = LinearModel(siglip=False)
-        self.heads = losses.MgcaHeads(D, head_dim=3, prototypes=4).double() if heads else None
+        self.heads = None
+        if loss == "MgcaLoss":
+            self.heads = losses.MgcaHeads(D, head_dim=3, prototypes=4).double()
+        if loss == "FlairLoss":
+            self.heads = losses.FlairHeads(D, heads=1, world_size=world_size).double()
 
     def forward(self, images: Tensor, texts: Tensor, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         output = {**self.model(images, texts), **masks}
@@ -46,7 +50,7 @@ def baseline_step(
 ) -> dict[str, Tensor]:
     """The loss of one step and, averaged over ranks by DDP, the gradient of every parameter."""
     batch = baseline_batch(lengths, world_size, rank, fewer)
-    model = ModelWithHeads(heads=name == "MgcaLoss")
+    model = ModelWithHeads(name, world_size)
     loss = getattr(losses, name)(**options, gather_with_grad=True, rank=rank, world_size=world_size)
     masks = {key: value for key, value in batch.items() if key.endswith("mask")}
     torch.manual_seed(rank)

@@ -28,7 +28,7 @@ class Variant:
     """A row of the tables.
 
     Attributes:
-        family: the loss, "clip", "sparc", "filip", "pacl", "gloria" or "mgca"; settings are chosen per family.
+        family: the loss: "clip" or a key of FAMILIES, for each of which settings are chosen.
         settings: its constructor arguments beyond those chosen.
         shuffled: the fine-grained half sees another pair's image, as a control.
         delay: share of the steps before the fine-grained half begins.
@@ -87,6 +87,7 @@ _HIGHEST = {"image_contrastive_direction": "both", "image_contrastive_threshold"
 _WITHOUT_SEQUENCES = {**_ALONE, "image_negatives": 7, "image_contrastive_weight": 0.5}
 RECIPE_VARIANTS = {
     **{name: VARIANTS[name] for name in ("CLIP", "CLIP + FILIP")},
+    "CLIP + FLAIR": Variant("flair"),
     "SPARC + 3 image negatives": IMAGE_VARIANTS["SPARC + 3 image negatives"],
     "SPARC + 3, highest patches": Variant("sparc", {"image_negatives": 3, **_HIGHEST}),
     "CLIP + 7, highest patches": Variant("sparc", {**_WITHOUT_SEQUENCES, **_HIGHEST}),
@@ -133,7 +134,7 @@ PLANS = {
     "candidates": CANDIDATE_VARIANTS,
 }
 # Family -> what a step costs, in CLIP's; orders the runs and moves the progress bar.
-FAMILIES = {"sparc": 1.0, "filip": 2.0, "pacl": 1.0, "gloria": 4.4, "mgca": 1.4}
+FAMILIES = {"sparc": 1.0, "filip": 2.0, "pacl": 1.0, "gloria": 4.4, "mgca": 1.4, "flair": 1.5}
 # The rows repeated with a text tower that pools its last token, as open_clip's own do.
 LAST_TOKEN_ROWS = ("CLIP", "SPARC", "SPARC, threshold 0.8", "CLIP + FILIP")
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparc_loss import SparcLoss, surface_embeddings
-from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaLoss, PaclLoss
+from sparc_loss.losses import FilipLoss, FlairHeads, FlairLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss
 from sparc_loss.losses.objective import Objective
-from sparc_loss.plugins.mgca_heads import add_heads
+from sparc_loss.plugins.learned_heads import add_heads
 
 from ..scenes.dataset import read_annotations, read_captions, read_world
 from ..scenes.measures import best_background_threshold, embed, levels, measure, read_images
@@ -21,7 +21,15 @@ from ..scenes.worlds import WORLDS
 from .cures import CURES, region_masks
 from .plan import GLOBAL_WEIGHT, LEARNING_RATES, Pooling, Run, Size
 
-LOSSES = {"sparc": SparcLoss, "filip": FilipLoss, "pacl": PaclLoss, "gloria": GloriaLoss, "mgca": MgcaLoss}
+LOSSES = {
+    "sparc": SparcLoss,
+    "filip": FilipLoss,
+    "pacl": PaclLoss,
+    "gloria": GloriaLoss,
+    "mgca": MgcaLoss,
+    "flair": FlairLoss,
+}
+HEADS = {"mgca": MgcaHeads, "flair": FlairHeads}
 
 
 class Folders(NamedTuple):
@@ -58,8 +66,8 @@ def execute(run: Run, size: Size, folders: Folders) -> dict[str, Any]:
     surface_embeddings(model, tokenizer)
     if run.origin is not None:
         model.load_state_dict(torch.load(folders.weights(run.origin), weights_only=True))
-    if run.family == "mgca":
-        add_heads(model)
+    if run.family in HEADS:
+        add_heads(model, f"{run.family}_heads", HEADS[run.family])
     model.to(size.device)
 
     images = _training_images(folders.data)

@@ -150,7 +150,7 @@ class TestRun:
     def test_clips_time_is_fewer_steps(self):
         assert TINY.steps(warm(time=0.5)) == 1
 
-    @pytest.mark.parametrize("family", ["filip", "pacl", "gloria", "mgca"])
+    @pytest.mark.parametrize("family", ["filip", "pacl", "gloria", "mgca", "flair"])
     def test_the_baselines_train(self, clip, folders, family):
         result = execute(warm(family=family, settings=CHOSEN[family]), TINY, folders)
         assert torch.tensor(result["training_loss"]).isfinite()

@@ -16,13 +16,14 @@ OPTIONS = {
     "PaclLoss": {"global_weight": 0.5},
     "GloriaLoss": {},
     "MgcaLoss": {},
+    "FlairLoss": {},
 }
 SETTINGS = {f"{name}, {lengths}": (name, lengths, OPTIONS[name], "") for name in OPTIONS for lengths in LENGTHS}
 LENGTH = "very different lengths"
 SETTINGS |= {
     # Without the global half: the toy model's pooled features would see the padding.
     f"{name}, fewer patches on a rank": (name, LENGTH, {**OPTIONS[name], "global_weight": 0.0}, "patches")
-    for name in ("FilipLoss", "PaclLoss", "GloriaLoss")
+    for name in ("FilipLoss", "PaclLoss", "GloriaLoss", "FlairLoss")
 }
 SETTINGS |= {
     f"{name}, shorter captions on a rank": (name, LENGTH, {**OPTIONS[name], "global_weight": 0.0}, "tokens")
@@ -35,6 +36,8 @@ SETTINGS |= {
         ("MgcaLoss", {"fine_grained_weight": 0.0}),
         ("MgcaLoss", {"prototype_weight": 0.0, "fine_grained_scale": 3.0}),
         ("MgcaLoss", {"global_weight": 0.0}),
+        ("FlairLoss", {"fine_grained_weight": 0.0}),
+        ("FlairLoss", {"fine_grained_scale": 3.0}),
     ]
 }
 DROPPING = {"FilipLoss, dropping": ("FilipLoss", LENGTH, {"token_dropping": 0.5}, "")}

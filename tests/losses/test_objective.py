@@ -10,10 +10,14 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss, SparcLoss
+from sparc_loss.losses import FilipLoss, FlairHeads, FlairLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss, SparcLoss
 
 B, P, L, D = 3, 4, 5, 6
-LOSSES = [FilipLoss, PaclLoss, GloriaLoss, MgcaLoss]
+LOSSES = [FilipLoss, PaclLoss, GloriaLoss, MgcaLoss, FlairLoss]
+HEADS = {
+    MgcaLoss: lambda dim: MgcaHeads(dim, head_dim=3, prototypes=4),
+    FlairLoss: lambda dim: FlairHeads(dim, heads=1),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -25,13 +29,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def total(loss_class, outputs: dict[str, Tensor], output_dict: bool = False, **options):
-    """The loss in evaluation mode, without dropped tokens, and for MGCA with heads of fixed weights."""
+    """The loss in evaluation mode, without dropped tokens, and for MGCA and FLAIR with heads of fixed weights."""
     loss = loss_class(**options).eval()
-    if loss_class is MgcaLoss:
+    if loss_class in HEADS:
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            heads = MgcaHeads(outputs["patch_features"].shape[-1], head_dim=3, prototypes=4)
-        heads.to(max((heads.prototypes.dtype, outputs["patch_features"].dtype), key=lambda dtype: dtype.itemsize))
+            heads = HEADS[loss_class](outputs["patch_features"].shape[-1])
+        heads.to(max((torch.float32, outputs["patch_features"].dtype), key=lambda dtype: dtype.itemsize))
         features = {name: value for name, value in outputs.items() if name not in ("logit_bias", "region_mask")}
         outputs = {**outputs, **heads(**features)}
     return loss(**outputs, output_dict=output_dict)
@@ -237,8 +241,8 @@ def test_bad_batches_are_refused_by_name(loss_class, name, value, error, message
 def test_a_batch_without_a_pair_is_refused(any_loss_class):
     outputs = random_outputs(dtype=torch.float32)
     empty = {name: value[:0] if value.ndim and len(value) == B else value for name, value in outputs.items()}
-    if any_loss_class is MgcaLoss:  # its heads refuse an empty batch before
-        empty |= {name: torch.zeros(0, L, D) for name in MgcaLoss.further_inputs}
+    # Heads refuse an empty batch before.
+    empty |= {name: torch.zeros(0, L, D) for name in any_loss_class.further_inputs}
     with pytest.raises(ValueError, match=re.escape("image_features has shape [0, 6]; expected at least one pair")):
         any_loss_class()(**empty)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc_loss.open_clip_versions import major_version
-from sparc_loss.plugins.baselines import FILIP, GLORIA, MGCA, PACL
+from sparc_loss.plugins.baselines import FILIP, FLAIR, GLORIA, MGCA, PACL
 from sparc_loss.plugins.objective_plugin import ObjectivePlugin
 from sparc_loss.plugins.sparc import SPARC
 
@@ -28,6 +28,7 @@ CASES: dict[str, tuple[ObjectivePlugin, dict[str, object]]] = {
     "pacl": (PACL, {}),
     "gloria": (GLORIA, {}),
     "mgca": (MGCA, {}),
+    "flair": (FLAIR, {}),
     "sparc, siglip": (SPARC, {"siglip": True}),
     "sparc, distill": (SPARC, {"distill": True}),
     "sparc, coca": (SPARC, {"model": "coca"}),
@@ -40,7 +41,7 @@ def one_step(folder: Path, plugin: ObjectivePlugin, flags: dict[str, object]) ->
     args = parsed(folder, plugin, flags)
     bias = {"init_logit_bias": -10.0} if args.siglip else {}
     model, teacher = (filled(open_clip.create_model(args.model, output_dict=True, **bias), seed) for seed in (1, 2))
-    torch.manual_seed(3)  # of MGCA's own parameters
+    torch.manual_seed(3)  # of the learned heads of MGCA and FLAIR
     model = plugin.prepare_model(model, args).train()
     generator = torch.Generator().manual_seed(4)
     images = torch.randn(4, 3, 32, 32, generator=generator)

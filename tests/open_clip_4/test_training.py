@@ -41,6 +41,7 @@ def assert_trained(log: str, *terms: str) -> None:
         *(pytest.param((*TORCHRUN, *LAUNCHER, name), ("--fsdp",), id=f"FSDP2, {name}") for name in ("filip", "pacl")),
         pytest.param((*TORCHRUN, *LAUNCHER, "gloria"), ("--fsdp",), id="FSDP2, gloria"),
         pytest.param((*LAUNCHER, "mgca"), ALL_AT_ONCE, id="mgca"),
+        pytest.param((*LAUNCHER, "flair"), ("--precision", "amp_bf16", "--grad-checkpointing"), id="flair"),
     ],
 )
 def test_trains_and_its_checkpoint_loads_without_sparc_loss(folder, launcher, flags, request):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 pytestmark = only_open_clip_4
 SCRIPT = Path(__file__).with_name("one_step.py")
-CASES = ("sparc", "filip", "pacl", "gloria", "mgca", "sparc, siglip", "sparc, distill", "sparc, coca")
+CASES = ("sparc", "filip", "pacl", "gloria", "mgca", "flair", "sparc, siglip", "sparc, distill", "sparc, coca")
 
 
 @pytest.fixture(scope="module")

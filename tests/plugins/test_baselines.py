@@ -9,20 +9,21 @@ from open_clip.loss import SigLipLoss
 
 from sparc_loss import losses
 from sparc_loss.plugins import discovery as plugin
-from sparc_loss.plugins.baselines import FILIP, GLORIA, MGCA, PACL
+from sparc_loss.plugins.baselines import FILIP, FLAIR, GLORIA, MGCA, PACL
 
 PLUGINS = {
     "filip": (FILIP, losses.FilipLoss),
+    "flair": (FLAIR, losses.FlairLoss),
     "gloria": (GLORIA, losses.GloriaLoss),
     "mgca": (MGCA, losses.MgcaLoss),
     "pacl": (PACL, losses.PaclLoss),
 }
 # What each adds to the flags that all have: flag, value, attribute.
 OWN = {
-    "filip": ("token-dropping", 0.4, "token_dropping"),
-    "gloria": ("matching-scale", 4.0, "matching_scale"),
-    "mgca": ("prototype-weight", 0.5, "prototype_weight"),
-    "pacl": ("weighting", "softmax", "weighting"),
+    "filip": [("token-dropping", 0.4, "token_dropping")],
+    "gloria": [("matching-scale", 4.0, "matching_scale")],
+    "mgca": [("prototype-weight", 0.5, "prototype_weight")],
+    "pacl": [("weighting", "softmax", "weighting")],
 }
 
 
@@ -65,12 +66,12 @@ def test_the_defaults_are_those_of_the_loss(name):
 @pytest.mark.parametrize("name", PLUGINS)
 def test_every_flag_reaches_the_loss(name):
     module, _ = PLUGINS[name]
-    own_flag, value, attribute = OWN[name]
-    values = {"global-weight": 2, "fine-grained-weight": 3, "fine-grained-scale": 20, own_flag: value}
+    values = {"global-weight": 2, "fine-grained-weight": 3, "fine-grained-scale": 20}
+    values |= {flag: value for flag, value, _ in OWN.get(name, ())}
     flags = [f"--{name}-{flag}={number}" for flag, number in values.items()]
     loss = module.create_loss(parse(module, *flags, siglip=True))
     assert (loss.global_weight, loss.fine_grained_weight, loss.fine_grained_scale) == (2, 3, 20)
-    assert getattr(loss, attribute) == value
+    assert all(getattr(loss, attribute) == value for _, value, attribute in OWN.get(name, ()))
     assert type(loss.global_loss) is SigLipLoss
 
 
@@ -89,6 +90,18 @@ def test_what_cannot_work_is_refused_by_the_name_of_the_loss(name, model):
     module, _ = PLUGINS[name]
     with pytest.raises(ValueError, match=f"--horovod is set; expected it off with --loss {name}: "):
         module.prepare_model(model, parse(module, horovod=True))
+
+
+@pytest.mark.parametrize("name", ["mgca", "flair"])
+def test_sharded_weights_are_refused_where_heads_are_learned(name):
+    module, _ = PLUGINS[name]
+    with pytest.raises(ValueError, match=f"--fsdp is set; expected it off with --loss {name}: FSDP2 gathers"):
+        module.check_args(parse(module, fsdp=True))
+
+
+def test_flair_refuses_an_accumulated_batch():
+    with pytest.raises(ValueError, match="--accum-freq is 2; expected 1 with --loss flair: its attention pools"):
+        FLAIR.check_args(parse(FLAIR, accum_freq=2))
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,12 @@ def test_an_unknown_name_answers_with_the_known_and_the_nearest(install):
         plugin.load_loss("spark")
     assert (
         str(raised.value)
-        == "unknown loss 'spark'; known: clip, filip, gloria, mgca, pacl, sparc, toy; did you mean 'sparc'?"
+        == "unknown loss 'spark'; known: clip, filip, flair, gloria, mgca, pacl, sparc, toy; did you mean 'sparc'?"
     )
 
 
 def test_a_name_like_no_other_gets_no_suggestion():
-    with pytest.raises(plugin.PluginError, match=r"known: clip, filip, gloria, mgca, pacl, sparc$"):
+    with pytest.raises(plugin.PluginError, match=r"known: clip, filip, flair, gloria, mgca, pacl, sparc$"):
         plugin.load_loss("xyz")
 
 

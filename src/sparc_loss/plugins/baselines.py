@@ -1,20 +1,22 @@
-"""The baselines as loss plug-ins: `--loss filip`, `gloria`, `mgca` and `pacl`."""
+"""The baselines as loss plug-ins: `--loss filip`, `flair`, `gloria`, `mgca` and `pacl`."""
 
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from sparc_loss._checks import check_positive
-from sparc_loss.losses import FilipLoss, GloriaLoss, MgcaLoss, PaclLoss
+from sparc_loss.losses import FilipLoss, FlairHeads, FlairLoss, GloriaLoss, MgcaHeads, MgcaLoss, PaclLoss
 from sparc_loss.losses.filip import check_token_dropping
 from sparc_loss.losses.pacl import WEIGHTINGS
 from sparc_loss.plugins.flags import Flag, number_of_at_least_0
-from sparc_loss.plugins.mgca_heads import add_heads
+from sparc_loss.plugins.learned_heads import add_heads
 from sparc_loss.plugins.objective_plugin import ObjectivePlugin
 
 
-class MgcaPlugin(ObjectivePlugin):
-    """MGCA, which also adds its learned heads to the model."""
+class LearnedHeadsPlugin(ObjectivePlugin):
+    """A baseline that also adds its learned heads to the model."""
 
     def check_args(self, args: Namespace) -> None:
         """As `ObjectivePlugin.check_args`.
@@ -25,15 +27,57 @@ class MgcaPlugin(ObjectivePlugin):
         super().check_args(args)
         if getattr(args, "fsdp", False):
             raise ValueError(
-                "--fsdp is set; expected it off with --loss mgca: FSDP2 gathers a checkpoint into a new dict, which "
-                "loses the metadata, and MGCA's own parameters with it"
+                f"--fsdp is set; expected it off with --loss {self.name}: FSDP2 gathers a checkpoint into a new dict, "
+                f"which loses the metadata, and {self.title}'s own parameters with it"
             )
 
     def prepare_model(self, model: nn.Module, args: Namespace) -> nn.Module:
-        """As `ObjectivePlugin.prepare_model`, and add `mgca_heads`."""
-        return add_heads(super().prepare_model(model, args))
+        """As `ObjectivePlugin.prepare_model`, and add the submodule `NAME_heads`."""
+        prepared: nn.Module = add_heads(
+            super().prepare_model(model, args), f"{self.name}_heads", self.make_heads(args)
+        )
+        return prepared
+
+    def make_heads(self, args: Namespace) -> Callable[[int], nn.Module]:
+        """Size of the embeddings -> the heads."""
+        raise NotImplementedError
 
 
+class MgcaPlugin(LearnedHeadsPlugin):
+    """MGCA and its heads, which see the pairs of their own rank."""
+
+    def make_heads(self, args: Namespace) -> Callable[[int], nn.Module]:
+        """As `LearnedHeadsPlugin.make_heads`."""
+        return MgcaHeads
+
+
+class FlairPlugin(LearnedHeadsPlugin):
+    """FLAIR and its heads, which see the captions of all ranks."""
+
+    def check_args(self, args: Namespace) -> None:
+        """As `LearnedHeadsPlugin.check_args`.
+
+        Raises:
+            ValueError: also --accum-freq above 1.
+        """
+        super().check_args(args)
+        if getattr(args, "accum_freq", 1) > 1:
+            raise ValueError(
+                f"--accum-freq is {args.accum_freq}; expected 1 with --loss flair: its attention pools the patches of "
+                "an image for every caption of the batch, and an accumulated batch is never in memory at once"
+            )
+
+    def make_heads(self, args: Namespace) -> Callable[[int], nn.Module]:
+        """As `LearnedHeadsPlugin.make_heads`."""
+        return partial(FlairHeads, world_size=args.world_size)
+
+
+FLAIR = FlairPlugin(
+    "flair",
+    "FLAIR",
+    "Patches pooled for each caption by learned attention (arXiv 2412.03561).",
+    FlairLoss,
+)
 FILIP = ObjectivePlugin(
     "filip",
     "FILIP",

@@ -1,9 +1,10 @@
-"""MGCA's learned heads as a submodule of the model, whose checkpoints still load in plain open_clip.
+"""The learned heads of an objective as a submodule of the model, whose checkpoints still load in plain open_clip.
 
-MGCA learns an attention and prototypes, and open_clip optimises the model's parameters only. So they become the
-model's submodule `mgca_heads`, and their outputs are added to the model's. But the model's state_dict has no key for
-them, so that a checkpoint loads in plain open_clip. They are stored in its `_metadata`, which PyTorch keeps and saves
-with a state_dict and which a model without heads ignores. `--resume` reads them from there.
+MGCA learns an attention and prototypes, FLAIR an attention and a bias, and open_clip optimises the model's parameters
+only. So they become a submodule of the model, such as `mgca_heads`, and their outputs are added to the model's. But
+the model's state_dict has no key for them, so that a checkpoint loads in plain open_clip. They are stored in its
+`_metadata`, which PyTorch keeps and saves with a state_dict and which a model without heads ignores. `--resume` reads
+them from there.
 
 A state_dict that was copied into another dict has lost them: loading it into a model with heads fails and names the
 missing keys. open_clip copies it where one process resumes a run of several. A checkpoint of another loss has none
@@ -11,30 +12,36 @@ either, and the state of the optimizer fits only the loss it comes from. To chan
 `--pretrained`, not `--resume`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparc_loss.losses import MgcaHeads
 
+def add_heads(model: Any, name: str, make: Callable[[int], nn.Module]) -> Any:
+    """Add a submodule to a surfaced model, and its outputs to the model's in training mode; returns the model.
 
-def add_heads(model: Any) -> Any:
-    """Add the submodule `mgca_heads` to a surfaced model, and its outputs in training mode; returns the model."""
+    Args:
+        model: from `surface_embeddings`.
+        name: of the submodule.
+        make: D, the size of all embeddings -> the heads, called with the model's outputs.
+    """
     device = next(model.parameters()).device
     with torch.no_grad():
         tokens, _ = model.encode_tokens(torch.zeros(1, model.context_length, dtype=torch.long, device=device))
-    heads = MgcaHeads(embed_dim=tokens.shape[-1]).to(device)
+    heads = make(tokens.shape[-1]).to(device)
     heads.register_state_dict_post_hook(_move_to_metadata)
     heads.register_load_state_dict_pre_hook(_take_from_metadata)
-    model.mgca_heads = heads
-    model.register_forward_hook(_with_heads_outputs)
+    model.add_module(name, heads)
+    model.register_forward_hook(partial(_with_outputs_of, name))
     return model
 
 
-def _with_heads_outputs(model: Any, inputs: tuple, output: Any) -> Any:
+def _with_outputs_of(name: str, model: Any, inputs: tuple, output: Any) -> Any:
     in_training = isinstance(output, dict) and "patch_features" in output
-    return {**output, **model.mgca_heads(**output)} if in_training else output
+    return {**output, **getattr(model, name)(**output)} if in_training else output
 
 
 def _move_to_metadata(heads: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

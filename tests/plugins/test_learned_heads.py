@@ -1,4 +1,4 @@
-"""What MGCA learns beyond the model's own parameters: trained with them, saved beside them."""
+"""What MGCA and FLAIR learn beyond the model's own parameters: trained with them, saved beside them."""
 
 import io
 
@@ -9,14 +9,18 @@ from tiny_models import ToyTokenizer, captions, clip, custom_text_clip, hf_clip,
 from tiny_tokenizers import bert
 
 from sparc_loss import surface_embeddings
-from sparc_loss.losses import MgcaLoss
-from sparc_loss.plugins.mgca_heads import add_heads
+from sparc_loss.losses import FlairHeads, FlairLoss, MgcaHeads, MgcaLoss
+from sparc_loss.plugins.learned_heads import add_heads
 
 MODELS = [clip, custom_text_clip]
 
 
-def prepared(make=clip):
-    return add_heads(surface_embeddings(make(), ToyTokenizer()))
+LOSSES = {"mgca": MgcaLoss, "flair": FlairLoss}
+HEADS = {"mgca": MgcaHeads, "flair": FlairHeads}
+
+
+def prepared(make=clip, name="mgca"):
+    return add_heads(surface_embeddings(make(), ToyTokenizer()), f"{name}_heads", HEADS[name])
 
 
 def saved_and_loaded(state_dict):
@@ -28,23 +32,24 @@ def saved_and_loaded(state_dict):
 
 
 def heads_of(model):
-    return {name: value for name, value in model.named_parameters() if name.startswith("mgca_heads.")}
+    return {name: value for name, value in model.named_parameters() if "_heads." in name}
 
 
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("make", MODELS)
-def test_the_optimizer_sees_the_heads_and_every_one_gets_a_gradient(make):
-    model = prepared(make).train()
+def test_the_optimizer_sees_the_heads_and_every_one_gets_a_gradient(make, name):
+    model = prepared(make, name).train()
     heads = heads_of(model)
-    assert heads.keys() <= dict(model.named_parameters()).keys()
-    assert heads["mgca_heads.prototypes"].shape == (500, 16)
-    MgcaLoss()(**model(images_for(model), captions())).backward()
+    assert len(heads) == {"mgca": 9, "flair": 11}[name]
+    LOSSES[name]()(**model(images_for(model), captions())).backward()
+    # The bias of keys adds the same to every logit but that of FLAIR's zero patch, so it counts.
     assert all(parameter.grad.any() for parameter in heads.values())
 
 
 def test_a_hugging_face_text_tower_gets_heads_of_its_size(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     model = surface_embeddings(hf_clip(tmp_path / "model"), bert(tmp_path / "tokenizer"))
-    assert add_heads(model).mgca_heads.prototypes.shape == (500, 16)
+    assert add_heads(model, "mgca_heads", MgcaHeads).mgca_heads.prototypes.shape == (500, 16)
 
 
 def test_evaluation_is_the_models_own():
@@ -52,9 +57,10 @@ def test_evaluation_is_the_models_own():
     assert set(model(images_for(model), captions())) == {"image_features", "text_features", "logit_scale"}
 
 
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("make", MODELS)
-def test_the_state_dict_has_the_keys_of_the_plain_model_and_loads_there(make):
-    model, plain = prepared(make), make()
+def test_the_state_dict_has_the_keys_of_the_plain_model_and_loads_there(make, name):
+    model, plain = prepared(make, name), make()
     state_dict = saved_and_loaded(model.state_dict())
     assert state_dict.keys() == plain.state_dict().keys()
     plain.load_state_dict(state_dict)
@@ -69,8 +75,9 @@ def test_a_checkpoint_file_loads_in_plain_open_clip(tmp_path):
     assert plain.logit_scale == model.logit_scale
 
 
-def test_the_heads_come_back_from_a_saved_state_dict():
-    first, second = prepared(), prepared()
+@pytest.mark.parametrize("name", HEADS)
+def test_the_heads_come_back_from_a_saved_state_dict(name):
+    first, second = prepared(name=name), prepared(name=name)
     with torch.no_grad():
         for parameter in heads_of(first).values():
             parameter.normal_()
