@@ -12,11 +12,12 @@ import torch
 from einops import reduce
 from PIL import Image
 
-from sparc_loss.evaluation.dataset import DataError, EvaluationData, NamedObject
+from sparc_loss.evaluation.dataset import DataError, EvaluationData
 from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.evaluation.evaluate import Options, evaluate
 from sparc_loss.evaluation.image_batches import image_batches
 from sparc_loss.functional import fine_grained_loss
+from sparc_loss.named_objects import NamedObject
 
 WORDS = ("<start>", "<end>", "a", "red", "green", "blue", "yellow", "and")
 COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0), "yellow": (1.0, 1.0, 0)}

@@ -13,7 +13,6 @@ All but the first two may be missing or, in a row, empty. Paths are relative to 
 The file is read as open_clip's training reads it, by pandas: a caption such as NA or an empty one is the word "nan".
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from sparc_loss.evaluation.pairs_csv import DataError, line_of, missing_captions, read_pairs, separator_of
 from sparc_loss.evaluation.segmentation import BACKGROUND
+from sparc_loss.named_objects import Box, NamedObject, parse_objects
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,18 +35,6 @@ IGNORED = 255
 _NO_LABEL = -2
 
 COLUMNS = ("boxes", "mask", "label", "hard_negative")
-
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels of the file, right and bottom exclusive."""
-
-
-@dataclass(frozen=True)
-class NamedObject:
-    """An object of a caption: what it is called, its box in pixels, the words of `caption.split()` that name it."""
-
-    phrase: str
-    box: Box
-    words: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -287,7 +275,10 @@ def _add(data: EvaluationData, row: dict[str, Any], known: dict[str, int], image
         known[image] = len(data.images)
         data.add_image(_file(image))
     index = known[image]
-    objects = _objects(row["boxes"], caption) if row.get("boxes") else ()
+    try:
+        objects = parse_objects(row["boxes"], caption) if row.get("boxes") else ()
+    except ValueError as error:
+        raise DataError(str(error)) from error
     data.add_caption(index, caption, objects, row.get("hard_negative") or None)
     if row.get("mask"):
         data.masks[index] = _same(data.masks[index], _file(row["mask"]), "mask", image)
@@ -308,27 +299,3 @@ def _same(before: Any, now: Any, column: str, image: str) -> Any:
     if before not in (None, now):
         raise DataError(f"{column} differs from that of an earlier row; expected one {column} for {image}")
     return now
-
-
-def _objects(text: str, caption: str) -> tuple[NamedObject, ...]:
-    try:
-        return tuple(_object(entry, len(caption.split())) for entry in json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"boxes is {text[:80]!r} ({type(error).__name__}: {error}); "
-            'expected a JSON list of {"phrase": text, "box": [left, top, right, bottom]}'
-        ) from error
-
-
-def _object(entry: dict[str, Any], length: int) -> NamedObject:
-    phrase, (left, top, right, bottom) = entry["phrase"], map(float, entry["box"])
-    if not isinstance(phrase, str) or not phrase.strip():
-        raise ValueError("a phrase is not a text")
-    if not (left < right and top < bottom):
-        raise ValueError("a box is empty")
-    words = tuple(entry.get("words", ()))
-    if not all(type(word) is int and 0 <= word < length for word in words):
-        raise ValueError(f"words are not positions in title.split(), 0 to {length - 1}")
-    if not entry.keys() <= {"phrase", "box", "words"}:
-        raise ValueError("an unknown key")
-    return NamedObject(phrase, (left, top, right, bottom), words)

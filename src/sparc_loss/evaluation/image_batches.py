@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from sparc_loss.evaluation.dataset import Box, DataError, EvaluationData, read_image, read_mask
+from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_image, read_mask
 from sparc_loss.evaluation.protocol import Protocol
 from sparc_loss.model_loading import preprocessing_of
+from sparc_loss.named_objects import Box
 
 
 class ImageBatch(NamedTuple):

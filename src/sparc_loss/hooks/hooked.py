@@ -36,6 +36,7 @@ def hooked(
       second is the teacher of --distill);
     - `open_clip_train.main.create_loss` (`open_clip_3.py`) or `create_task` (`open_clip_4.py`), which make the loss.
       An open_clip with the patch from patches/ calls the plug-in itself: there, this name and the previous one stay;
+    - `open_clip_train.main.get_data`, if the plug-in has a `create_data`;
     - `open_clip_train.main.train_one_epoch`, if the plug-in has a `before_epoch`, `after_epoch` or `try_after_epoch`,
       which are called before and after it;
     - `open_clip_train.zero_shot.accuracy`, where it fails with numpy 2.4 or newer (`_working_accuracy`);
@@ -67,6 +68,8 @@ def hooked(
             open_clip_main.create_model_and_transforms, lambda model: plugin.prepare_model(model, parsed[0])
         )
         names |= of_this_version.replacements_for_the_loss(plugin)
+    if hasattr(plugin, "create_data"):
+        names["get_data"] = _creating_data(plugin, open_clip_main.get_data)
     if any(hasattr(plugin, name) for name in ("before_epoch", "after_epoch", "try_after_epoch")):
         names["train_one_epoch"] = _with_epoch_calls(plugin, of_this_version.of_epoch)
     with (
@@ -95,6 +98,15 @@ def _preparing_first_model(create: Callable[..., tuple], prepare: Callable[[Any]
         return (model, *transforms)
 
     return create_model_and_transforms
+
+
+def _creating_data(plugin: Any, get_data: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(get_data)
+    def create_data(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        data: dict[str, Any] = plugin.create_data(get_data, *args, **kwargs)
+        return data
+
+    return create_data
 
 
 def _with_epoch_calls(plugin: Any, of_epoch: Callable[[dict[str, Any]], Epoch]) -> Callable[..., None]:

@@ -40,7 +40,7 @@ def check_flags(args: Namespace, name: str) -> None:
     for flag in ("torchscript", "trace", "horovod"):
         if getattr(args, flag, False):
             raise ValueError(f"--{flag} is set; expected it off with --loss {name}: {_REFUSED[flag]}")
-    model = _model_without_weights(args)
+    model = model_without_weights(args)
     if model is not None:
         check_model(model)
         check_accumulation(model, args, name)
@@ -66,7 +66,7 @@ def _varying_sizes(model: nn.Module, args: Namespace) -> str | None:
     return None
 
 
-def _model_without_weights(args: Namespace) -> nn.Module | None:
+def model_without_weights(args: Namespace) -> nn.Module | None:
     """The model that open_clip_train will create, on the meta device; None if open_clip cannot create it there.
 
     In that case open_clip gives the reason when it creates the model itself.

@@ -16,6 +16,8 @@ class LossPlugin(Protocol):
     - `check_args(args)`, before open_clip_train writes anything. What it raises (ValueError, TypeError or ImportError)
       becomes one line of error, and the same command can be given again; later, the run's folder exists. `args` has
       `rank`, `local_rank`, `world_size` and `distributed` already;
+    - `create_data(get_data, args, transforms, **others)`, in place of open_clip_train's get_data, which it is given to
+      call, and whose result it returns;
     - `before_epoch(loss, epoch, args)`, with the loss that `create_loss` returned and the number of epochs done, those
       before a --resume included;
     - `after_epoch(model, data, epoch, args, tb_writer)`, with the arguments of open_clip_train's own evaluate. It must
@@ -23,8 +25,8 @@ class LossPlugin(Protocol):
     - `try_after_epoch(model, data, args)`, once before the first epoch: it does the work of `after_epoch` on little
       data and writes nothing, so that a failure shows before an epoch is spent.
 
-    If one of these three raises, a warning shows the traceback and training goes on. What they do on one process only
-    must not use collective operations.
+    If one of the last three raises, a warning shows the traceback and training goes on. What they do on one process
+    only must not use collective operations.
     """
 
     def add_arguments(self, parser: ArgumentParser) -> None:

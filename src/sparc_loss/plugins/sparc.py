@@ -2,6 +2,7 @@
 
 import logging
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -14,6 +15,7 @@ from sparc_loss.monitoring import probe_every
 from sparc_loss.monitoring.guard import training_goes_on
 from sparc_loss.monitoring.validation_pairs import check_launcher
 from sparc_loss.open_clip_versions import logs_diagnostics
+from sparc_loss.plugins.checks import model_without_weights
 from sparc_loss.plugins.flags import (
     Flag,
     add_old_flag,
@@ -23,6 +25,8 @@ from sparc_loss.plugins.flags import (
 )
 from sparc_loss.plugins.objective_plugin import ObjectivePlugin
 from sparc_loss.plugins.recipes import RECIPES, RecipeAction, flags_of
+from sparc_loss.regions import REGION_WORDS
+from sparc_loss.regions.mask import check_share
 
 FLAGS = (
     Flag(
@@ -57,6 +61,25 @@ FLAGS = (
     ),
 )
 FLAGS_OF_THE_RUN = (
+    Flag(
+        "regions",
+        "let words use the patches of their objects' boxes only, from the column boxes of a CSV, or from the entry "
+        "boxes of the json of each WebDataset sample (default: every word may use every patch)",
+        choices=("boxes",),
+        default=None,
+    ),
+    Flag(
+        "region_words",
+        "with --sparc-regions, whether words of no box use every patch, or only words of a box count",
+        choices=REGION_WORDS,
+        default="all",
+    ),
+    Flag(
+        "region_share",
+        "with --sparc-regions, the share of a patch that a box must cover; the patch at its centre always belongs",
+        check=check_share,
+        default=0.5,
+    ),
     Flag(
         "start",
         "train only the global loss for the first N epochs, counting those before a --resume (default: none)",
@@ -121,11 +144,17 @@ class SparcPlugin(ObjectivePlugin):
         Raises:
             ValueError: as `ObjectivePlugin.check_args`; more --sparc-image-negatives than any batch has,
                 --sparc-start, --sparc-probe-every or --sparc-show-every without their requirements,
-                --sparc-diagnostics with an open_clip that would add diagnostics to the loss.
+                --sparc-diagnostics with an open_clip that would add diagnostics to the loss; as
+            `sparc_loss.regions.checks.check_regions`.
             TypeError: a model or tokenizer that cannot be surfaced.
             ImportError: --sparc-show-every without the extra `show`.
         """
         super().check_args(args)
+        if args.sparc_regions:
+            from sparc_loss.regions.checks import check_regions
+
+            check_launcher("--sparc-regions")
+            check_regions(args, model_without_weights(args))
         pairs = args.batch_size * args.accum_freq
         is_naflex = getattr(args, "use_naflex", False)  # its batches vary in size
         if args.sparc_image_negatives >= pairs and not is_naflex:
@@ -151,7 +180,24 @@ class SparcPlugin(ObjectivePlugin):
         """As `ObjectivePlugin.prepare_model`; logs the flags of a recipe."""
         if args.sparc_recipe and args.rank == 0:
             logging.info(f"--sparc-recipe {args.sparc_recipe} is {flags_of(args.sparc_recipe)}")
-        return super().prepare_model(model, args)
+        model = super().prepare_model(model, args)
+        if args.sparc_regions:
+            from sparc_loss.regions.behind_texts import sizes_for, take_regions
+
+            self.region_sizes = sizes_for(model)
+            take_regions(model, self.region_sizes)
+        return model
+
+    def create_data(
+        self, get_data: Callable[..., dict[str, Any]], args: Namespace, transforms: tuple[Any, Any], **others: Any
+    ) -> dict[str, Any]:
+        """open_clip's data; with `--sparc-regions`, with the masks of their regions behind the texts of training."""
+        if not args.sparc_regions or not args.train_data:
+            return get_data(args, transforms, **others)
+        from sparc_loss.regions.training_data import data_with_regions
+
+        settings = {"share": args.sparc_region_share, "words": args.sparc_region_words}
+        return data_with_regions(get_data, args, transforms, sizes=self.region_sizes, **settings, **others)
 
     def further_settings(self, args: Namespace) -> dict[str, Any]:
         """Diagnostics, which are on by default where training can log them."""

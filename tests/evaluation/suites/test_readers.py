@@ -4,9 +4,10 @@ import pytest
 import suite_trees
 from suite_trees import NAMES, SIZES, TREES
 
-from sparc_loss.evaluation.dataset import IGNORED, NamedObject, read_mask
+from sparc_loss.evaluation.dataset import IGNORED, read_mask
 from sparc_loss.evaluation.segmentation import BACKGROUND
 from sparc_loss.evaluation.suites import SUITES, DataFolder
+from sparc_loss.named_objects import NamedObject
 
 
 def read(name, tmp_path):

@@ -18,8 +18,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparc_loss.evaluation.dataset import Box, DataError, EvaluationData, NamedObject, read_lines
+from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_lines
 from sparc_loss.evaluation.suites.suite import DataFolder, Suite
+from sparc_loss.named_objects import Box, NamedObject
 
 # [/EN#283585/people/other An older man] is a phrase; its chain of coreference is 283585.
 _PHRASE = re.compile(r"\[/EN#(\d+)(?:/\S+)? ([^\]]+)\]")

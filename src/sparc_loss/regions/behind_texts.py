@@ -1,0 +1,93 @@
+"""Region masks on their way from the data to the model: packed behind the token ids of each text.
+
+open_clip's training moves two tensors to the device, images and texts, and hands them to the model. So the mask of a
+text travels in the same row: 64 of its bits are one more integer behind the L token ids. The model takes them off
+again and returns them as `region_mask` among its outputs, where SparcLoss finds them. This needs no change to the
+training loop, and works with accumulated batches, several processes and worker processes.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparc_loss.embeddings.image_size import model_image_size
+
+_BITS = 64
+
+
+class RegionSizes(NamedTuple):
+    """The sizes of the packed rows.
+
+    Attributes:
+        ids: number of token ids of a text, as the tokenizer returns it.
+        length: L, of `token_features`.
+        grid: rows and columns of the patches.
+    """
+
+    ids: int
+    length: int
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def packed(self) -> int:
+        """The number of integers of a packed mask."""
+        return -(-self.length * self.patches // _BITS)
+
+
+def sizes_for(model: Any) -> RegionSizes:
+    """The sizes of a surfaced model."""
+    device, training = next(model.parameters()).device, model.training
+    with torch.no_grad():
+        model.eval()
+        _, grid = model.encode_patches(torch.zeros(1, 3, *model_image_size(model.visual), device=device))
+        tokens, _ = model.encode_tokens(torch.zeros(1, model.context_length, dtype=torch.long, device=device))
+        model.train(training)
+    return RegionSizes(model.context_length, tokens.shape[1], grid)
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A bool mask of any shape as int64 [ceil(n / 64)]."""
+    bits = mask.flatten()
+    bits = F.pad(bits, (0, -len(bits) % _BITS)).view(-1, _BITS)
+    # Adding is or-ing here, and the highest bit is the sign.
+    return (bits.long() << torch.arange(_BITS)).sum(dim=1)
+
+
+def unpacked(texts: Tensor, sizes: RegionSizes) -> tuple[Tensor, Tensor]:
+    """Token ids [B, ids] and region masks, bool [B, L, P], from rows [B, ids + packed]."""
+    ids, integers = texts.split([sizes.ids, sizes.packed], dim=1)
+    bits = (integers[..., None] >> torch.arange(_BITS, device=texts.device)) & 1
+    mask = bits.bool().flatten(1)[:, : sizes.length * sizes.patches]
+    return ids, mask.unflatten(1, (sizes.length, sizes.patches))
+
+
+def take_regions(model: Any, sizes: RegionSizes) -> Any:
+    """Let a surfaced model take texts with a packed mask behind them, and return it as `region_mask`; returns it.
+
+    Texts of the usual width stay what they are, and so does everything else.
+    """
+    model.__class__ = _taking_regions(model.__class__)
+    model._region_sizes = sizes
+    return model
+
+
+@functools.cache
+def _taking_regions(surfaced: Any) -> type[nn.Module]:
+    class TakingRegions(surfaced):
+        def forward(self, image: Any = None, text: Tensor | None = None) -> Any:
+            sizes: RegionSizes = self._region_sizes
+            if text is None or text.shape[1] != sizes.ids + sizes.packed:
+                return super().forward(image, text)
+            ids, mask = unpacked(text, sizes)
+            return {**super().forward(image, ids), "region_mask": mask}
+
+    TakingRegions.__name__ = TakingRegions.__qualname__ = f"{surfaced.__name__}TakingRegions"
+    return TakingRegions

@@ -1,0 +1,138 @@
+"""`region_mask`: boxes or masks of an image as the patches that each token may use."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from sparc_loss._checks import check_choice, check_number, check_positive, check_whole_number
+
+if TYPE_CHECKING:
+    from torchvision.tv_tensors import BoundingBoxes, Mask
+
+RegionWords = Literal["all", "only"]
+REGION_WORDS: tuple[RegionWords, ...] = ("all", "only")
+
+
+def region_mask(
+    regions: "BoundingBoxes | Mask",
+    positions: Sequence[Sequence[int]],
+    grid: tuple[int, int],
+    length: int,
+    *,
+    share: float = 0.5,
+    words: RegionWords = "all",
+) -> Tensor:
+    """The patches that each token of a caption may use, from the regions of the objects that the tokens name.
+
+    Give it boxes or masks that went through the transforms of their image, as `torchvision.transforms.v2` moves them.
+    A region that was cropped away has no pixel left. Its tokens may then use no patch, so that they are not valid: the
+    loss leaves them out. A token of several objects may use the regions of each of them.
+
+    A patch belongs to a region that covers at least `share` of its area. The patch at the centre of a box, or with
+    most pixels of a mask, always belongs to it, so that a small object keeps a patch.
+
+    Args:
+        regions: N boxes of any format, or N masks [N, H, W], where a pixel that is not 0 belongs to the object.
+        positions: for each of the N objects the positions of its tokens in `token_features`, from 0 up to `length`;
+            `sparc_loss.embeddings.words.word_positions` finds those of the words of a caption.
+        grid: rows and columns of the patches, as `model.encode_patches` returns them.
+        length: L, of `token_features`.
+        share: of the area of a patch, above 0 and up to 1.
+        words: which words are valid: "all", where those of no object may use every patch, or "only" those of an object
+            that is in the picture.
+
+    Returns:
+        bool [L, P], row by row of the grid. Stacked over a batch it is the `region_mask` of `SparcLoss`.
+
+    Raises:
+        TypeError: regions that are neither BoundingBoxes nor Mask, a number of the wrong type.
+        ValueError: a share outside (0, 1], positions outside the caption or not of as many objects as there are
+            regions, an empty grid, an unknown `words`.
+
+    Example:
+        >>> from torchvision.tv_tensors import BoundingBoxes
+        >>> boxes = BoundingBoxes([[0, 0, 32, 32]], format="XYXY", canvas_size=(64, 64))
+        >>> region_mask(boxes, [[1]], grid=(2, 2), length=3).int()
+        tensor([[1, 1, 1, 1],
+                [1, 0, 0, 0],
+                [1, 1, 1, 1]], dtype=torch.int32)
+    """
+    from torchvision.tv_tensors import BoundingBoxes, Mask
+
+    check_share("share", share)
+    check_choice("words", words, REGION_WORDS)
+    for name, size in (("grid[0]", grid[0]), ("grid[1]", grid[1]), ("length", length)):
+        check_whole_number(name, size, 1)
+    if len(positions) != len(regions):
+        raise ValueError(f"positions has {len(positions)} entries; expected one for each of {len(regions)} regions")
+    for each in positions:
+        if not all(0 <= position < length for position in each):
+            raise ValueError(f"positions has {list(each)}; expected positions from 0 to {length - 1}")
+    if isinstance(regions, BoundingBoxes):
+        patches = patches_of_boxes(regions, grid, share)
+    elif isinstance(regions, Mask):
+        patches = patches_of_masks(regions, grid, share)
+    else:
+        raise TypeError(
+            f"regions is a {type(regions).__name__}; expected torchvision's tv_tensors.BoundingBoxes or Mask"
+        )
+    usable = torch.zeros(length, grid[0] * grid[1], dtype=torch.bool)
+    has_region = torch.zeros(length, dtype=torch.bool)
+    for patches_of_object, tokens in zip(patches, positions, strict=True):
+        usable[list(tokens)] |= patches_of_object
+        has_region[list(tokens)] = True
+    if words == "all":
+        usable |= ~has_region[:, None]
+    return usable
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless the value is a number above 0 and up to 1."""
+    check_number(name, value, 0, 1)
+    check_positive(name, value)
+
+
+def patches_of_boxes(boxes: "BoundingBoxes", grid: tuple[int, int], share: float) -> Tensor:
+    """The patches of each of N boxes, bool [N, P]; none for a box without area."""
+    from torchvision.transforms.v2.functional import convert_bounding_box_format
+
+    height, width = boxes.canvas_size
+    left, top, right, bottom = convert_bounding_box_format(boxes, new_format="XYXY").as_subclass(Tensor).double().T
+    down, at_row = _overlap(top, bottom, height, grid[0])
+    across, at_column = _overlap(left, right, width, grid[1])
+    covered = down[:, :, None] * across[:, None, :] >= share
+    is_box = (right > left) & (bottom > top)
+    centre = at_row[:, :, None] & at_column[:, None, :]
+    return ((covered | centre) & is_box[:, None, None]).flatten(1)
+
+
+def patches_of_masks(masks: "Mask", grid: tuple[int, int], share: float) -> Tensor:
+    """The patches of each of N masks [N, H, W], bool [N, P]; none for a mask without a pixel."""
+    pixels = (masks.as_subclass(Tensor) != 0).double()
+    rows = _pixels_of_patches(pixels.shape[-2], grid[0])
+    columns = _pixels_of_patches(pixels.shape[-1], grid[1])
+    covered = (rows.T @ pixels @ columns).flatten(1)
+    most = covered == covered.amax(dim=1, keepdim=True)
+    first_of_most = most & (most.cumsum(dim=1) == 1)
+    # The shares are sums of products of fractions: a patch that is covered by exactly `share` must not miss it.
+    return ((covered >= share - 1e-9) | first_of_most) & (covered.sum(dim=1, keepdim=True) > 0)
+
+
+def _overlap(start: Tensor, stop: Tensor, size: int, number: int) -> tuple[Tensor, Tensor]:
+    """Which share of each of `number` equal parts of [0, size] lies between start and stop [N]; which has the middle.
+
+    Returns:
+        [N, number], and bool [N, number].
+    """
+    edges = torch.arange(number + 1, dtype=start.dtype) * size / number
+    overlap = torch.minimum(stop[:, None], edges[1:]) - torch.maximum(start[:, None], edges[:-1])
+    middle = ((start + stop) / 2 * number / size).floor().clamp(0, number - 1)
+    return overlap.clamp(min=0) * number / size, middle[:, None] == torch.arange(number)
+
+
+def _pixels_of_patches(size: int, number: int) -> Tensor:
+    """Which share of each patch each pixel is, [size, number]: pixels may lie across two patches."""
+    pixels = torch.arange(size, dtype=torch.float64)
+    return _overlap(pixels, pixels + 1, size, number)[0]

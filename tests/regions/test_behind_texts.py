@@ -1,0 +1,71 @@
+"""Region masks behind the token ids, and a model that takes them off again."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import ToyTokenizer, captions, clip, custom_text_clip, images_for
+
+from sparc_loss import SparcLoss, surface_embeddings
+from sparc_loss.regions.behind_texts import RegionSizes, packed, sizes_for, take_regions, unpacked
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2**31))
+def test_what_is_packed_is_unpacked(batch, length, grid, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = RegionSizes(5, length, grid)
+    ids = torch.randint(0, 49408, (batch, 5), generator=generator)
+    masks = torch.rand(batch, length, sizes.patches, generator=generator) < 0.5
+    texts = torch.stack([torch.cat([row, packed(mask)]) for row, mask in zip(ids, masks, strict=True)])
+    assert texts.shape == (batch, 5 + sizes.packed)
+    found_ids, found_masks = unpacked(texts, sizes)
+    assert torch.equal(found_ids, ids)
+    assert torch.equal(found_masks, masks)
+
+
+def prepared(make=clip):
+    model = surface_embeddings(make(), ToyTokenizer())
+    return take_regions(model, sizes_for(model)).train()
+
+
+@pytest.mark.parametrize("make", [clip, custom_text_clip])
+def test_the_model_returns_the_mask_and_is_otherwise_the_same(make):
+    model = prepared(make)
+    plain = surface_embeddings(make(), ToyTokenizer()).train()
+    plain.load_state_dict(model.state_dict())
+    sizes, texts = sizes_for(model), captions()
+    masks = torch.rand(len(texts), sizes.length, sizes.patches) < 0.5
+    behind = torch.cat([texts, torch.stack([packed(mask) for mask in masks])], dim=1)
+    output, expected = model(images_for(model), behind), plain(images_for(plain), texts)
+    assert torch.equal(output.pop("region_mask"), masks)
+    assert output.keys() == expected.keys()
+    assert all(torch.equal(output[name], expected[name]) for name in expected)
+
+
+def test_texts_without_a_mask_are_what_they_were():
+    model = prepared()
+    assert "region_mask" not in model(images_for(model), captions())
+    assert set(model.eval()(images_for(model), captions())) == {"image_features", "text_features", "logit_scale"}
+    assert model.encode_text(captions()).shape[0] == len(captions())
+
+
+def test_the_loss_uses_it():
+    model = prepared()
+    sizes, texts = sizes_for(model), captions()
+    masks = torch.ones(len(texts), sizes.length, sizes.patches, dtype=torch.bool)
+    masks[..., 1:] = False
+    behind = torch.cat([texts, torch.stack([packed(mask) for mask in masks])], dim=1)
+    loss = SparcLoss(global_weight=0)
+    restricted = loss(**model(images_for(model), behind))
+    assert restricted != loss(**model(images_for(model), texts))
+    output = model(images_for(model), texts)
+    assert torch.equal(restricted, loss(**output, region_mask=masks))
+
+
+def test_sizes_are_those_of_the_embeddings_and_leave_the_mode_alone():
+    model = surface_embeddings(clip(), ToyTokenizer()).train()
+    sizes = sizes_for(model)
+    output = model(images_for(model), captions())
+    assert model.training
+    assert (sizes.length, sizes.patches) == (output["token_features"].shape[1], output["patch_features"].shape[1])
+    assert sizes.ids == captions().shape[1] == model.context_length
