@@ -14,6 +14,7 @@ from torch import nn
 
 from sparc_loss import surface_embeddings
 from sparc_loss.functional import alignment_weights, token_patch_similarity
+from sparc_loss.named_objects import NamedObject
 from sparc_loss.show import align
 
 CAPTION = "a red dog!"
@@ -183,3 +184,38 @@ def test_a_model_with_nan_is_refused(tokenizer):
     nn.init.constant_(model.visual.proj, torch.nan)
     with pytest.raises(ValueError, match="model gives weights that are not finite for this pair"):
         align(picture(), CAPTION, model, preprocess_for(model), tokenizer)
+
+
+class TestBoxes:
+    """Of annotated objects, in the picture as the model sees it."""
+
+    def test_follow_the_image_through_resizing_and_cropping(self, tokenizer):
+        model = tiny_models.clip()
+        preprocess = preprocess_for(model)  # the short side to 16 of 70, and the middle 24 of 90 / 70 * 16
+        seen = align(
+            picture(),
+            CAPTION,
+            model,
+            preprocess,
+            tokenizer,
+            objects=[NamedObject("a red dog", (0, 0, 90, 70), (1, 2)), NamedObject("dog", (45, 35, 90, 70), (2,))],
+        )
+        height, width = seen.pixels.shape[:2]
+        whole, corner = (box for box, _ in seen.boxes)
+        assert whole == (0, 0, width, height)
+        assert corner[2:] == (width, height)
+        assert corner[0] == pytest.approx(width / 2, abs=1)
+        assert corner[1] == pytest.approx(height / 2, abs=1)
+
+    def test_belong_to_the_words_that_name_the_object(self, tokenizer):
+        model = tiny_models.clip()
+        objects = [NamedObject("a red dog", (0, 0, 90, 70), (1, 2)), NamedObject("it", (0, 0, 90, 70))]
+        seen = align(picture(), CAPTION, model, preprocess_for(model), tokenizer, objects=objects)
+        words = [seen.caption[word] for word in seen.caption.read]
+        assert [[words[index] for index in each] for _, each in seen.boxes] == [["red", "dog", "!"], []]
+
+    def test_are_left_out_where_they_were_cropped_away(self, tokenizer):
+        model = tiny_models.clip()
+        tall = picture(width=20, height=200)
+        objects = [NamedObject("dog", (0, 0, 20, 10), (2,))]
+        assert align(tall, CAPTION, model, preprocess_for(model), tokenizer, objects=objects).boxes == ()

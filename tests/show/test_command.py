@@ -161,3 +161,47 @@ def test_weights_of_another_model_are_one_error(folder, capsys):
     for name in ("other.pt", "text.pt"):
         argv = [*arguments(folder, output="never.png"), "--pretrained", str(folder / name)]
         assert "cannot be loaded: " in refusal(capsys, *argv)
+
+
+class TestData:
+    def write(self, folder, *boxes):
+        rows = ["filepath\ttitle\tboxes", *(f"{folder / 'dog.png'}\t{CAPTION}\t{each}" for each in boxes)]
+        (folder / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        return folder / "pairs.csv"
+
+    def show(self, folder, *more):
+        return main(
+            [
+                *(*more, "--model", f"local-dir:{folder / 'model'}", "--pretrained", str(folder / "epoch_1.pt")),
+                *("-o", str(folder / "data.html")),
+            ]
+        )
+
+    def test_the_first_pairs_of_a_csv_are_shown_with_their_boxes(self, folder):
+        box = '[{""phrase"": ""dog"", ""box"": [0, 0, 30, 30], ""words"": [2]}]'
+        path = self.write(folder, f'"{box}"', "", "")
+        self.show(folder, "--data", str(path), "--number", "2")
+        page = (folder / "data.html").read_text(encoding="utf-8")
+        first, second = re.findall(r"data:image/png;base64,[^\"]+", page)
+        assert first != second  # the first has a box
+
+    @pytest.mark.parametrize(
+        ("boxes", "more", "message"),
+        [
+            (["nonsense"], (), "pairs.csv, line 2: boxes is 'nonsense' (JSONDecodeError"),
+            ([], (), "pairs.csv has no pair; expected at least one"),
+            ([""], ("--number", "0"), "argument --number: 0 given; expected 1 or more"),
+            ([""], ("dog.png", "a dog"), "expected either an image and a caption, or several such pairs, or --data"),
+        ],
+        ids=["boxes", "empty", "number", "both"],
+    )
+    def test_bad_arguments_are_one_error(self, folder, boxes, more, message, capsys):
+        path = self.write(folder, *boxes)
+        with pytest.raises(SystemExit, match="2"):
+            self.show(folder, "--data", str(path), *more)
+        assert message in capsys.readouterr().err
+
+    def test_neither_pairs_nor_data_is_an_error(self, folder, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            self.show(folder)
+        assert "expected either an image and a caption" in capsys.readouterr().err

@@ -97,6 +97,18 @@ def test_the_highest_patch_is_framed_where_there_is_one():
     assert frames == {"image": [], "red": [(-0.5, -0.5, 10, 8)], "dog": [(19.5, 7.5, 10, 8)], "!": []}
 
 
+def test_boxes_are_outlined_on_the_image_and_on_the_words_that_name_them():
+    boxed = replace(pair(), boxes=(((2.0, 3.0, 12.0, 9.0), (1,)),))
+    figure = draw([boxed])
+    outlines = [
+        [each.get_bbox().extents.tolist() for each in axes.patches if each.get_linestyle() == "--"]
+        for axes in figure.axes
+    ]
+    assert outlines == [[[1.5, 2.5, 11.5, 8.5]], [], [[1.5, 2.5, 11.5, 8.5]], *[[]] * (len(figure.axes) - 3)]
+    assert "Dashed: annotated boxes." in texts(figure)[-1]
+    assert "Dashed" not in texts(draw([pair()]))[-1]
+
+
 def test_the_whole_way_from_image_and_caption(tmp_path):
     model = tiny_models.clip()
     tokenizer = word_level(tmp_path, None, pad="[PAD]")

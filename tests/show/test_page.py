@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from aligned_pairs import WEIGHTS, pair
+from PIL import Image
 
 from sparc_loss.show import alignment_page
 
@@ -67,6 +69,17 @@ def test_the_grid_covers_its_share_of_the_image(size, extent):
 
 def test_the_same_pairs_give_the_same_page():
     assert alignment_page([pair()]) == alignment_page([pair()])
+
+
+def test_boxes_are_drawn_into_the_image():
+    boxed = replace(pair(), boxes=(((2.0, 3.0, 12.0, 9.0), (1,)),))
+    encoded = re.search(r"data:image/png;base64,([^\"]+)", alignment_page([boxed])).group(1)
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+    changed = (drawn != pair().pixels).any(axis=-1)
+    expected = np.zeros_like(changed)
+    expected[3:9, 2:12] = True
+    expected[4:8, 3:11] = False
+    assert np.array_equal(changed, expected)
 
 
 def test_the_data_are_the_weights():

@@ -1,6 +1,6 @@
 """The patches that each word of a caption selects: the loss's alignment weights (Eqs. 2-4), word by word."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from sparc_loss.embeddings.reading_names import Reading
 from sparc_loss.embeddings.surface import Surfaced, restore, surface_embeddings
 from sparc_loss.embeddings.vision import patch_size
-from sparc_loss.embeddings.words import Caption, read_caption
+from sparc_loss.embeddings.words import Caption, read_caption, word_positions
 from sparc_loss.evaluation import dataset
 from sparc_loss.functional import Alignment, alignment_weights, token_patch_similarity
+from sparc_loss.named_objects import Box, NamedObject
+from sparc_loss.regions.joint_transform import JointTransform, boxes_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class AlignedPair:
         patch_size: height and width of a patch in pixels. The grid begins at the top left corner; pixels right of it
             and below are in no patch, and the last patches may reach beyond the image.
         title: of the pair, "" for none.
+        boxes: of annotated objects, (left, top, right, bottom) in `pixels`, each with the words of `caption.read` that
+            name it. Objects that are not in the picture as the model sees it are left out.
     """
 
     caption: Caption
@@ -39,6 +43,7 @@ class AlignedPair:
     weights: Tensor
     patch_size: tuple[float, float]
     title: str = ""
+    boxes: tuple[tuple[Box, tuple[int, ...]], ...] = ()
 
     @property
     def kept(self) -> Tensor:
@@ -57,6 +62,7 @@ def align(
     alignment: Alignment = "sparse",
     reading: Reading = "last",
     title: str = "",
+    objects: Sequence[NamedObject] = (),
 ) -> AlignedPair:
     """Align the words of a caption with the patches of an image, as the loss does.
 
@@ -73,13 +79,15 @@ def align(
         reading: what a ViT's last block gives as patches, see `sparc_loss.embeddings.readings`; "last" is what the
             loss trains.
         title: of the pair, for a figure or a page.
+        objects: that the caption names, with their boxes in pixels of the file, to be drawn as well.
 
     Raises:
         TypeError: a model, preprocess or tokenizer that is not known, a tower for which the reading has no meaning.
-        ValueError: an image that cannot be read, a caption without words, a wrong threshold, alignment or reading.
+        ValueError: an image that cannot be read, a caption without words, a wrong threshold, alignment or reading;
+            objects with a preprocess that boxes cannot follow.
     """
-    words = read_caption(caption, tokenizer)
-    pixels = preprocess(read_image(image))
+    words, image = read_caption(caption, tokenizer), read_image(image)
+    pixels = preprocess(image)
     with torch.no_grad(), _ready(model, tokenizer):
         # The first layer is in the precision of the input: a convolution, or NaFlex's linear layer.
         layers = (module for module in model.visual.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
@@ -97,7 +105,27 @@ def align(
         rearrange(weights, "l (h w) -> l h w", h=grid[0]),
         patch_size(model.visual, (images.shape[-2], images.shape[-1]), grid),
         title,
+        _boxes_as_seen(objects, image, preprocess, words, word_positions(tokenizer, caption)) if objects else (),
     )
+
+
+def _boxes_as_seen(
+    objects: Sequence[NamedObject],
+    image: Image.Image,
+    preprocess: Any,
+    caption: Caption,
+    positions: Sequence[Sequence[int]],
+) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+    """See `AlignedPair.boxes`; `positions` are those of the tokens of `caption.split()`."""
+    _, moved = JointTransform(preprocess)(image, boxes_of([each.box for each in objects], image))
+    seen = []
+    for each, box in zip(objects, moved.tolist(), strict=True):
+        left, top, right, bottom = box
+        tokens = {place for word in each.words for place in positions[word]}
+        words = tuple(index for index, word in enumerate(caption.read) if tokens & set(word.positions))
+        if left < right and top < bottom:
+            seen.append(((left, top, right, bottom), words))
+    return tuple(seen)
 
 
 def read_image(image: Image.Image | str | Path) -> Image.Image:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from sparc_loss.embeddings.reading_names import Reading
 from sparc_loss.functional import Alignment
+from sparc_loss.named_objects import Box
 from sparc_loss.show.alignment import AlignedPair, align
 
 # In inches.
 _PANEL, _GAP, _MARGIN, _LABEL, _LINE = 1.3, 0.14, 0.3, 0.32, 0.2
 _INK, _QUIET, _NOTICE, _NIGHT = "#1d2129", "#6b7280", "#a15c00", (0.055, 0.065, 0.09)
-_MARK = "#ffb224"
+_MARK, _BOX = "#ffb224", "#7dd3fc"
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _LETTERS = 18  # of the longest label; smaller than these fit in, it could not be read
 _LEGEND = (
@@ -97,7 +98,8 @@ def draw(
     for block in blocks:
         block.draw(canvas, top, smooth)
         top += block.height
-    canvas.write(_MARGIN, top + _LINE / 2, _LEGEND, size=7, color=_QUIET)
+    legend = _LEGEND + (" Dashed: annotated boxes." if any(pair.boxes for pair in pairs) else "")
+    canvas.write(_MARGIN, top + _LINE / 2, legend, size=7, color=_QUIET)
     return figure
 
 
@@ -180,7 +182,9 @@ class _Block:
             top += _LINE
         top += 0.08 * bool(self.header or self.notice)
         pixels = self.pair.pixels / 255
-        self._panel(canvas, top, 0, pixels, self.pair.title or "image", "", weight="bold")
+        axes = self._panel(canvas, top, 0, pixels, self.pair.title or "image", "", weight="bold")
+        for box, _ in self.pair.boxes:
+            _outline(axes, box)
         lit = light(self.pair, smooth).numpy()
         for place, index in enumerate(self.shown, start=1):
             word = self.pair.caption.read[index]
@@ -188,6 +192,9 @@ class _Block:
             panel = pixels * brightness + np.array(_NIGHT) * (1 - brightness)
             axes = self._panel(canvas, top, place, panel, self.pair.caption[word], _percent(self.pair.kept[index]))
             self._frame_highest(axes, self.pair.weights[index])
+            for box, words in self.pair.boxes:
+                if index in words:
+                    _outline(axes, box)
 
     def _frame_highest(self, axes: Axes, weights: Tensor) -> None:
         highest = (weights == weights.max()).nonzero().tolist()
@@ -211,6 +218,15 @@ class _Block:
         axes.set_label(label)
         axes.imshow(pixels, aspect="auto")
         return axes
+
+
+def _outline(axes: Axes, box: Box) -> None:
+    """Draw an annotated box; pixel centres are whole numbers."""
+    left, top, right, bottom = box
+    corner = (left - 0.5, top - 0.5)
+    axes.add_patch(
+        Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=_BOX, linewidth=0.9, linestyle="--")
+    )
 
 
 def _wrap(text: str, columns: int) -> list[str]:

@@ -8,10 +8,12 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sparc_loss.show.alignment import AlignedPair
 
+# The outline of annotated boxes.
+BOX = "#7dd3fc"
 _PLAIN_TITLE = "What each word selects"
 _environment = Environment(loader=PackageLoader("sparc_loss.show"), autoescape=True, undefined=StrictUndefined)
 
@@ -70,8 +72,10 @@ def _content(pair: AlignedPair) -> dict[str, Any]:
 
 
 def _data_uri(pair: AlignedPair) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pair.pixels).save(file, format="PNG", optimize=True)
+    file, image = io.BytesIO(), Image.fromarray(pair.pixels)
+    for (left, top, right, bottom), _ in pair.boxes:
+        ImageDraw.Draw(image).rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=BOX)
+    image.save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
