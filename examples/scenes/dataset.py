@@ -92,7 +92,10 @@ def read_world(folder: str | Path) -> str:
     Raises:
         FileNotFoundError: the folder does not say; `write_dataset` did not write it.
     """
-    return (Path(folder) / _WORLD).read_text(encoding="utf-8").strip()
+    path = Path(folder) / _WORLD
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {_WORLD}, so it is of an older version; expected a new folder")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def read_annotations(folder: str | Path, split: Split) -> Annotations:

@@ -104,4 +104,5 @@ EMOJI = World(
     phrases=lambda: [phrase(kind) for kind in NAMED],
     mean=0.34,
     std=0.14,
+    patience=2,
 )

@@ -44,6 +44,7 @@ class World:
         phrases: how the objects of the held-out scenes can be called: the classes of the masks.
         mean: of the pixels, for the model's preprocessing; all channels alike, in [0, 1].
         std: the same.
+        patience: how many times as many steps from scratch a study gives it as the digits.
     """
 
     name: str
@@ -53,3 +54,4 @@ class World:
     phrases: Callable[[], list[str]]
     mean: float
     std: float
+    patience: int = 1

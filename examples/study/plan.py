@@ -90,6 +90,12 @@ RECIPE_VARIANTS = {
     "CLIP + FLAIR": Variant("flair"),
     "SPARC + 3 image negatives": IMAGE_VARIANTS["SPARC + 3 image negatives"],
     "SPARC + 3, highest patches": Variant("sparc", {"image_negatives": 3, **_HIGHEST}),
+    "SPARC + 3, highest patches, weight 1": Variant(
+        "sparc", {"fine_grained_weight": 1.0, "image_negatives": 3, **_HIGHEST}
+    ),
+    "SPARC + 3, softmax over patches": Variant(
+        "sparc", {"image_negatives": 3, **_HIGHEST, "contrast_alignment": "softmax"}, cure="candidate"
+    ),
     "CLIP + 7, highest patches": Variant("sparc", {**_WITHOUT_SEQUENCES, **_HIGHEST}),
 }
 # What was tried on the way to the recipe, and the weights of the two halves; one seed each.
@@ -216,19 +222,23 @@ def clip_run(pooling: Pooling, seed: int) -> Run:
     return Run("CLIP", "scratch", pooling, seed, "clip")
 
 
-def tuning_runs() -> list[Run]:
-    """Each family with each of the settings, warm-started."""
+def tuning_runs(plan: str = "objectives") -> list[Run]:
+    """Each family of the plan with each of the settings, warm-started."""
+    of_plan = {variant.family for variant in PLANS[plan].values()}
     return [
         Run(f"tune {family}", "warm", "mean", TUNING_SEED, family, tuple(zip(GRID, values, strict=True)))
         for family in FAMILIES
+        if family in of_plan
         for values in product(*GRID.values())
     ]
 
 
-def final_runs(chosen: Mapping[str, tuple[tuple[str, Any], ...]], plan: str = "objectives") -> list[Run]:
-    """Every row of the plan's tables with every seed, by the settings chosen for each family."""
+def final_runs(
+    chosen: Mapping[str, tuple[tuple[str, Any], ...]], plan: str = "objectives", seeds: int | None = None
+) -> list[Run]:
+    """Every row of the plan's tables with every seed, or the first `seeds`, by the settings chosen for each family."""
     runs = []
-    for seed in SEEDS[plan]:
+    for seed in SEEDS[plan][:seeds]:
         for pooling in ("mean", "last") if plan == "objectives" else ("mean",):
             for name, variant in PLANS[plan].items():
                 run = _run(name, variant, pooling, seed, chosen)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..scenes.dataset import read_captions, read_world, write_dataset
 from ..scenes.model import CONFIG, write_model
 from ..scenes.world import Split
 from ..scenes.worlds import WORLDS
-from .plan import FAMILIES, PLANS, SEEDS, SIZES, TUNING_SEED, Run, Size, clip_run, final_runs, tuning_runs
+from .plan import PLANS, SEEDS, SIZES, TUNING_SEED, Run, Size, clip_run, final_runs, tuning_runs
 from .report import write_report
 from .training import Folders, execute
 
@@ -40,14 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing of the study and write its report."""
     arguments = _parse(argv)
     size = SIZES[arguments.size]
+    size = replace(size, scratch_steps=size.scratch_steps * WORLDS[arguments.world].patience)
     if size.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--size gpu needs a GPU that torch can use; none is found")
     folders = Folders((arguments.output or _default_folder(arguments.world, arguments.size)).resolve())
     prepare(folders, size, arguments.world)
 
     workers = arguments.workers or (os.cpu_count() if size.device == "cpu" else 1)
-    chosen = choose_settings(run_all([clip_run("mean", TUNING_SEED), *tuning_runs()], size, folders, workers))
-    results = run_all(final_runs(chosen, arguments.plan), size, folders, workers)
+    tuning = [clip_run("mean", TUNING_SEED), *tuning_runs(arguments.plan)]
+    chosen = choose_settings(run_all(tuning, size, folders, workers))
+    results = run_all(final_runs(chosen, arguments.plan, arguments.seeds), size, folders, workers)
     report = folders.root / arguments.plan
     report.mkdir(exist_ok=True)
     print(write_report(report, results, chosen, asdict(size)))
@@ -102,7 +104,7 @@ def run_all(runs: Sequence[Run], size: Size, folders: Folders, workers: int) -> 
 def choose_settings(results: Mapping[Run, Mapping[str, Any]]) -> dict[str, tuple[tuple[str, Any], ...]]:
     """Family -> its best settings by the mean of CHOSEN_BY on the validation split, as far as the world has them."""
     chosen = {}
-    for family in FAMILIES:
+    for family in dict.fromkeys(run.family for run in results if run.variant.startswith("tune")):
         tried = {run.settings: result["val"] for run, result in results.items() if run.variant == f"tune {family}"}
         chosen[family] = max(tried, key=lambda settings: sum(tried[settings].get(name, 0) for name in CHOSEN_BY))
     return chosen
@@ -120,6 +122,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "way to it (%(default)s)",
     )
     parser.add_argument("--world", choices=WORLDS, default="digits", help="what the scenes show (%(default)s)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of the plan")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="%(default)s takes about 80 minutes on 2 cores")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="runs/study-SIZE, or runs/study-WORLD-SIZE")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at a time (one per core; one on a GPU)")

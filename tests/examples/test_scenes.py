@@ -16,7 +16,7 @@ from open_clip_train.data import CsvDataset
 from safetensors.torch import load_file
 
 from examples.scenes import captions, dataset, digits, emoji
-from examples.scenes.dataset import read_annotations, read_captions, write_dataset
+from examples.scenes.dataset import read_annotations, read_captions, read_world, write_dataset
 from examples.scenes.evaluation_csv import swapped_captions, write_evaluation_csv
 from examples.scenes.model import CONTEXT_LENGTH, WEIGHTS, warm_start, write_model
 from examples.scenes.scene import Scene, SceneObject, generate_scene
@@ -321,6 +321,14 @@ class TestDataset:
     def test_an_existing_folder_is_refused(self, data):
         with pytest.raises(FileExistsError, match=f"folder {data} exists; expected a new one"):
             write_dataset(data)
+
+    def test_a_folder_of_an_older_version_is_refused(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"has no world.txt, so it is of an older version; expected a new"):
+            read_world(tmp_path)
+
+    def test_an_unknown_world_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="world is 'toys'; expected one of 'digits', 'emoji'"):
+            write_dataset(tmp_path / "scenes", world="toys")
 
     def test_an_empty_split_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="sizes has 'val': 0; expected"):
