@@ -1,11 +1,9 @@
 """Other ways to make SPARC's alignment look at its image than those the library offers, small enough to try."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.tv_tensors import BoundingBoxes
 
 from sparc_loss import SparcLoss
 from sparc_loss.functional import (
@@ -15,6 +13,7 @@ from sparc_loss.functional import (
     token_patch_similarity,
 )
 from sparc_loss.losses.outputs import ModelOutputs
+from sparc_loss.regions import region_mask
 
 from ..scenes.scene import IMAGE_SIZE, generate_scene
 from ..scenes.world import World
@@ -56,20 +55,15 @@ CURES = {
 def region_masks(world: World, count: int, grid: tuple[int, int], length: int) -> Tensor:
     """What the words of the first `count` training scenes may use, bool [count, length, patches].
 
-    A word that tells colour, kind or size of an object: the patches whose centres lie in its box. Any other: all.
-    For the tokenizer whose token i is word i.
+    As `--sparc-regions boxes` makes it of a CSV with the boxes of the scenes; their images are not cropped. For the
+    tokenizer whose token i is word i.
     """
-    masks = torch.ones(count, length, grid[0] * grid[1], dtype=torch.bool)
+    masks = []
     for index in range(count):
-        for each in generate_scene(world, "train", index).objects:
-            inside = torch.stack([_patches_inside(box, grid) for box in each.boxes]).any(dim=0)
-            for word in each.words.values():
-                masks[index, word] = inside
-    return masks
-
-
-def _patches_inside(box: Sequence[int], grid: tuple[int, int]) -> Tensor:
-    rows, columns = ((np.arange(number) + 0.5) * IMAGE_SIZE / number for number in grid)
-    left, top, right, bottom = box
-    inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))[None, :]
-    return torch.from_numpy(inside.ravel())
+        objects = generate_scene(world, "train", index).objects
+        named = [(box, sorted(each.words.values())) for each in objects for box in each.boxes]
+        boxes = BoundingBoxes(
+            [box for box, _ in named], format="XYXY", canvas_size=(IMAGE_SIZE, IMAGE_SIZE), dtype=torch.float64
+        )
+        masks.append(region_mask(boxes, [words for _, words in named], grid, length))
+    return torch.stack(masks)

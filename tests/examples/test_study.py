@@ -18,6 +18,7 @@ from examples.study import study, training
 from examples.study.candidates import CandidateLoss
 from examples.study.cures import region_masks
 from examples.study.plan import (
+    FAMILIES,
     GRID,
     IMAGE_VARIANTS,
     LEARNING_RATES,
@@ -40,7 +41,7 @@ needs_tokenizer = pytest.mark.skipif(
     open_clip.__version__ < "3.3", reason="open_clip's HFTokenizer works from 3.3.0 on"
 )
 TINY = replace(SIZES["tiny"], scenes=48, held_out=8, scratch_steps=2)
-CHOSEN = {family: tuple(zip(GRID, (0.3, 10.0), strict=True)) for family in study.FAMILIES}
+CHOSEN = {family: tuple(zip(GRID, (0.3, 10.0), strict=True)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,16 @@ class TestPlan:
         both = set(final_runs(CHOSEN)) & set(final_runs(CHOSEN, "image"))
         assert {run.variant for run in both} == set(VARIANTS) & set(IMAGE_VARIANTS)
 
-    def test_every_objective_is_tuned_by_as_many_runs(self):
-        families = [run.family for run in tuning_runs()]
-        assert {families.count(family) for family in study.FAMILIES} == {4}
+    @pytest.mark.parametrize("plan", PLANS)
+    def test_every_objective_of_the_plan_is_tuned_by_as_many_runs(self, plan):
+        families = [run.family for run in tuning_runs(plan)]
+        assert set(families) == {variant.family for variant in PLANS[plan].values()} - {"clip"}
+        assert {families.count(family) for family in families} == {4}
+
+    def test_the_first_seeds_can_be_trained_alone(self):
+        runs = final_runs(CHOSEN, "recipe", 2)
+        assert {run.seed for run in runs} == {0, 1}
+        assert set(runs) < set(final_runs(CHOSEN, "recipe"))
 
     def test_tuning_shares_no_seed_with_the_tables(self):
         assert not {run.seed for run in tuning_runs()} & {seed for seeds in SEEDS.values() for seed in seeds}
@@ -185,6 +193,24 @@ def mean(values) -> torch.Tensor:
     return torch.stack(list(values)).mean()
 
 
+@needs_tokenizer
+class TestEmoji:
+    def test_its_own_measures_stand_in_its_tables(self, tmp_path):
+        folders = Folders(tmp_path)
+        study.prepare(folders, TINY, "emoji")
+        run = clip_run("mean", 0)
+        result = execute(run, TINY, folders)
+        assert "new_pair_pointing" in result["test"]
+        assert "colour_word_pointing" not in result["test"]
+        assert result["test"].keys() == result["levels"].keys()
+        header = markdown_tables({run: result}).splitlines()[2]
+        assert [name for name in ("kinds", "new pairs", "colours") if name in header] == ["kinds", "new pairs"]
+        with pytest.raises(
+            SystemExit, match="data has scenes of the world: emoji; expected digits, or another --output"
+        ):
+            study.prepare(folders, TINY)
+
+
 class TestCures:
     """Each on a batch made by hand, whose loss and gradient are known from the library's functions."""
 
@@ -271,16 +297,26 @@ class TestCures:
         torch.testing.assert_close(captions, mean(-softmax(10 * each)[0].log() for each in scores))
         torch.testing.assert_close(both, captions + words)
 
-    def test_words_of_an_object_may_use_the_patches_of_its_box_and_others_all(self):
-        masks = region_masks(WORLDS["digits"], 5, (8, 8), 32)
+    @pytest.mark.parametrize("world", WORLDS)
+    def test_words_of_an_object_may_use_half_covered_patches_of_its_boxes_and_the_centres_and_others_all(self, world):
+        masks = region_masks(WORLDS[world], 5, (8, 8), 32)
         for index, mask in enumerate(masks):
-            scene = generate_scene(WORLDS["digits"], "train", index)
-            told = {word: each.boxes[0] for each in scene.objects for word in each.words.values()}
+            scene = generate_scene(WORLDS[world], "train", index)
+            told = {word: each.boxes for each in scene.objects for word in each.words.values()}
             for position in range(32):
-                left, top, right, bottom = told.get(position, (0, 0, 64, 64))
+                boxes = told.get(position, [(0, 0, 64, 64)])
                 for patch in range(64):
-                    row, column = patch // 8 * 8 + 4, patch % 8 * 8 + 4
-                    assert mask[position, patch] == (top <= row < bottom and left <= column < right)
+                    row, column = patch // 8 * 8, patch % 8 * 8
+                    expected = False
+                    for left, top, right, bottom in boxes:
+                        across, down = (
+                            min(stop, first + 8) - max(start, first)
+                            for start, stop, first in ((left, right, column), (top, bottom, row))
+                        )
+                        expected |= across > 0 and down > 0 and across * down >= 32
+                        middle = (top + bottom) / 2, (left + right) / 2
+                        expected |= row <= middle[0] < row + 8 and column <= middle[1] < column + 8
+                    assert mask[position, patch] == expected
 
 
 @needs_tokenizer
@@ -323,8 +359,9 @@ def test_the_settings_chosen_are_the_best_on_the_validation_split():
         return {"val": dict.fromkeys(study.CHOSEN_BY, val), "test": dict.fromkeys(study.CHOSEN_BY, test)}
 
     runs = tuning_runs()
+    families = {run.family for run in runs}
     results = {run: result(0.1, 0.9) for run in runs}
-    best = {family: [run for run in runs if run.family == family][2] for family in study.FAMILIES}
+    best = {family: [run for run in runs if run.family == family][2] for family in families}
     results |= {run: result(0.2, 0.1) for run in best.values()}
     assert study.choose_settings(results) == {family: run.settings for family, run in best.items()}
 
