@@ -112,7 +112,7 @@ def word_positions(tokenizer: Any, caption: str) -> list[list[int]]:
         return []
     clean = _clean_of(tokenizer)
     text, pieces = _pieces(caption, tokenizer)
-    words = [clean(word) for word in caption.split()]
+    words = [clean(word) for word in caption.split()] if text != caption else caption.split()
     if " ".join(filter(None, words)) != text:
         raise ValueError(
             f"caption {caption!r} is cleaned to {text!r}, its words alone to {words}; expected a tokenizer that "

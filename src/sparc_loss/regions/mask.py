@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,22 +98,29 @@ def check_share(name: str, value: float) -> None:
 def patches_of_boxes(boxes: "BoundingBoxes", grid: tuple[int, int], share: float) -> Tensor:
     """The patches of each of N boxes, bool [N, P]; none for a box without area."""
     from torchvision.transforms.v2.functional import convert_bounding_box_format
+    from torchvision.tv_tensors import BoundingBoxFormat
 
     height, width = boxes.canvas_size
-    left, top, right, bottom = convert_bounding_box_format(boxes, new_format="XYXY").as_subclass(Tensor).double().T
+    if boxes.format != BoundingBoxFormat.XYXY:
+        boxes = convert_bounding_box_format(boxes, new_format="XYXY")
+    # numpy, because a worker process does this for every caption; torch needs several times as long.
+    left, top, right, bottom = boxes.as_subclass(Tensor).numpy().astype(np.float64).T
     down, at_row = _overlap(top, bottom, height, grid[0])
     across, at_column = _overlap(left, right, width, grid[1])
     covered = down[:, :, None] * across[:, None, :] >= share
     is_box = (right > left) & (bottom > top)
     centre = at_row[:, :, None] & at_column[:, None, :]
-    return ((covered | centre) & is_box[:, None, None]).flatten(1)
+    found = ((covered | centre) & is_box[:, None, None]).reshape(len(boxes), grid[0] * grid[1])
+    return torch.from_numpy(found)
 
 
 def patches_of_masks(masks: "Mask", grid: tuple[int, int], share: float) -> Tensor:
     """The patches of each of N masks [N, H, W], bool [N, P]; none for a mask without a pixel."""
     pixels = (masks.as_subclass(Tensor) != 0).double()
-    rows = _pixels_of_patches(pixels.shape[-2], grid[0])
-    columns = _pixels_of_patches(pixels.shape[-1], grid[1])
+    rows, columns = (
+        torch.from_numpy(_pixels_of_patches(size, number))
+        for size, number in zip(pixels.shape[-2:], grid, strict=True)
+    )
     covered = (rows.T @ pixels @ columns).flatten(1)
     most = covered == covered.amax(dim=1, keepdim=True)
     first_of_most = most & (most.cumsum(dim=1) == 1)
@@ -120,19 +128,19 @@ def patches_of_masks(masks: "Mask", grid: tuple[int, int], share: float) -> Tens
     return ((covered >= share - 1e-9) | first_of_most) & (covered.sum(dim=1, keepdim=True) > 0)
 
 
-def _overlap(start: Tensor, stop: Tensor, size: int, number: int) -> tuple[Tensor, Tensor]:
+def _overlap(start: np.ndarray, stop: np.ndarray, size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Which share of each of `number` equal parts of [0, size] lies between start and stop [N]; which has the middle.
 
     Returns:
         [N, number], and bool [N, number].
     """
-    edges = torch.arange(number + 1, dtype=start.dtype) * size / number
-    overlap = torch.minimum(stop[:, None], edges[1:]) - torch.maximum(start[:, None], edges[:-1])
-    middle = ((start + stop) / 2 * number / size).floor().clamp(0, number - 1)
-    return overlap.clamp(min=0) * number / size, middle[:, None] == torch.arange(number)
+    edges = np.arange(number + 1) * (size / number)
+    overlap = np.minimum(stop[:, None], edges[1:]) - np.maximum(start[:, None], edges[:-1])
+    middle = np.clip(np.floor((start + stop) / 2 * number / size), 0, number - 1)
+    return overlap.clip(min=0) * (number / size), middle[:, None] == np.arange(number)
 
 
-def _pixels_of_patches(size: int, number: int) -> Tensor:
+def _pixels_of_patches(size: int, number: int) -> np.ndarray:
     """Which share of each patch each pixel is, [size, number]: pixels may lie across two patches."""
-    pixels = torch.arange(size, dtype=torch.float64)
+    pixels = np.arange(size, dtype=np.float64)
     return _overlap(pixels, pixels + 1, size, number)[0]

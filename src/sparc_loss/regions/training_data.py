@@ -15,7 +15,6 @@ import torch
 import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.tv_tensors import BoundingBoxes
 
 from sparc_loss.embeddings.words import word_positions
 from sparc_loss.evaluation.pairs_csv import read_table
@@ -49,22 +48,25 @@ class RegionSample:
         self.transform, self.joint = transform, JointTransform(transform)
         self.tokenizer = tokenizer
         self.sizes, self.share, self.words = sizes, share, words
+        nothing = region_mask(boxes_of([], None), [], sizes.grid, sizes.length, words=words)
+        self.without_boxes = packed(nothing)
+        self.boxes = boxes_of([], None)
+        self.begin(())
         self.begun = False
-        self.objects: tuple[NamedObject, ...] = ()
-        self.boxes: BoundingBoxes | None = None
-        self.caption = ""
-        self.row: Tensor | None = None
 
     def begin(self, objects: tuple[NamedObject, ...]) -> None:
         """The next image and the next text belong together, and have these objects."""
-        self.begun, self.objects, self.boxes, self.row = True, objects, None, None
+        self.begun, self.objects, self.has_image = True, objects, False
+        self.row: Tensor | None = None
+        self.caption = ""
 
     def transformed(self, image: Any) -> Any:
         """The image as training takes it."""
         if self.objects:
             result, self.boxes = self.joint(image, boxes_of([each.box for each in self.objects], image))
         else:
-            result, self.boxes = self.transform(image), boxes_of([], image)
+            result = self.transform(image)
+        self.has_image = True
         self._pack()
         return result
 
@@ -79,22 +81,22 @@ class RegionSample:
 
     def _pack(self) -> None:
         """Write the mask behind the text, once both image and text have been seen."""
-        if self.row is None or self.boxes is None:
+        if self.row is None or not self.has_image:
             return
+        # In place: the sample has this row already.
+        self.row[0, self.sizes.ids :] = self._packed_mask() if self.objects else self.without_boxes
+        self.begin(())
+        self.begun = False
+
+    def _packed_mask(self) -> Tensor:
         try:
-            mask = self._mask(self.boxes, self.objects)
+            words = word_positions(self.tokenizer, self.caption)
+            positions = [[place for word in each.words for place in words[word]] for each in self.objects]
+            grid, length = self.sizes.grid, self.sizes.length
+            return packed(region_mask(self.boxes, positions, grid, length, share=self.share, words=self.words))
         except (ValueError, IndexError) as error:
             logger.warning(f"the boxes of the caption {self.caption!r} are left out of training: {error}")
-            mask = self._mask(boxes_of([], None), ())
-        # In place: the sample has this row already.
-        self.row[0, self.sizes.ids :] = packed(mask)
-        self.begun, self.objects, self.boxes, self.row = False, (), None, None
-
-    def _mask(self, boxes: BoundingBoxes, objects: tuple[NamedObject, ...]) -> Tensor:
-        words = word_positions(self.tokenizer, self.caption) if objects else []
-        positions = [[place for word in each.words for place in words[word]] for each in objects]
-        grid, length = self.sizes.grid, self.sizes.length
-        return region_mask(boxes, positions, grid, length, share=self.share, words=self.words)
+            return self.without_boxes
 
 
 class RegionTokenizer:
