@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparc_loss import functional, fused
 
+from .regions_speed import regions_speed, show_regions_speed
 from .segmentation_speed import segmentation_speed, show_segmentation_speed
 from .update_step import Sizes, clip_cost, fine_grained_cost, show_update_steps, update_steps
 
@@ -439,6 +440,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.images:
         results["voc20"] = segmentation_speed(options.images)
         show_segmentation_speed(results["voc20"])
+        results["regions"] = regions_speed()
+        show_regions_speed(results["regions"])
 
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
