@@ -70,7 +70,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+# What each of these does is among the others.
+EXHAUSTIVE = ("csv", "webdataset, two ranks, image negatives")
+
+
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[pytest.mark.exhaustive] if run in EXHAUSTIVE else []) for run in RUNS]
+)
 def test_trains_and_its_checkpoint_loads_without_sparc_loss(folder, run):
     data, launcher, flags = RUNS[run]
     name = run.replace(", ", "-").replace(" ", "-")
