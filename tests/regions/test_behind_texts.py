@@ -62,6 +62,11 @@ def test_the_loss_uses_it():
     assert torch.equal(restricted, loss(**output, region_mask=masks))
 
 
+def test_sizes_of_a_model_in_half_precision():
+    model = surface_embeddings(clip(), ToyTokenizer())
+    assert sizes_for(model.bfloat16()) == sizes_for(surface_embeddings(clip(), ToyTokenizer()))
+
+
 def test_sizes_are_those_of_the_embeddings_and_leave_the_mode_alone():
     model = surface_embeddings(clip(), ToyTokenizer()).train()
     sizes = sizes_for(model)

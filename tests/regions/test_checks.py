@@ -110,6 +110,11 @@ def test_a_csv_without_the_column_or_without_a_box_is_refused(csv_with):
         check_regions(args(csv_with("", "")), clip())
 
 
+def test_boxes_without_words_are_refused(csv_with):
+    with pytest.raises(ValueError, match="no object of the column boxes has words; expected the positions in title"):
+        check_regions(args(csv_with([box(0, 0, 5, 5)])), clip())
+
+
 def test_an_image_that_cannot_be_opened_is_refused(csv_with, tmp_path):
     path = csv_with([box(0, 0, 5, 5)])
     (tmp_path / "image.png").write_bytes(b"")

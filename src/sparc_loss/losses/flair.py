@@ -24,11 +24,12 @@ FURTHER_INPUTS = ("text_conditioned_cosines", "text_conditioned_bias")
 class FlairLoss(Objective):
     """The global loss, and a sigmoid loss on the cosine of each caption with each image's patches pooled for it.
 
-    The text-conditioned term is FLAIR's Eq. 3 with one caption per image, which is what open_clip's data has: the sum
-    over the captions of log(1 + exp(-z * (logit_scale * cosine + bias))), z = 1 for the own caption and -1 for the
-    others, averaged over images. FLAIR averages it with a sigmoid loss of the global embeddings; pass open_clip's
-    SigLipLoss (`--siglip`) as the global loss for the same. Tokens are not used; a caption without tokens still has
-    its global embedding. An image without a valid patch adds nothing.
+    The text-conditioned term is that of FLAIR's code (github.com/ExplainableML/flair, src/flair/loss.py) with one
+    caption per image, which is what open_clip's data has: the sum over the captions of log(1 + exp(-z * (logit_scale *
+    cosine + bias))), z = 1 for the own caption and -1 for the others, averaged over images. FLAIR averages it with a
+    sigmoid loss of the global embeddings; pass open_clip's SigLipLoss (`--siglip`) as the global loss for the same.
+    Tokens are not used; a caption without tokens still has its global embedding. An image without a valid patch adds
+    nothing.
 
     The attention and the bias are learned, so they belong to the model, which open_clip optimises. This loss has no
     parameters and takes the outputs of `FlairHeads`. FLAIR shares the bias with its global loss; here it is the heads'

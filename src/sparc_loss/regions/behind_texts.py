@@ -44,11 +44,13 @@ class RegionSizes(NamedTuple):
 
 def sizes_for(model: Any) -> RegionSizes:
     """The sizes of a surfaced model."""
-    device, training = next(model.parameters()).device, model.training
+    # The first layer is in the precision of the input.
+    stem = next(each for each in model.visual.modules() if isinstance(each, (nn.Conv2d, nn.Linear))).weight
+    training = model.training
     with torch.no_grad():
         model.eval()
-        _, grid = model.encode_patches(torch.zeros(1, 3, *model_image_size(model.visual), device=device))
-        tokens, _ = model.encode_tokens(torch.zeros(1, model.context_length, dtype=torch.long, device=device))
+        _, grid = model.encode_patches(stem.new_zeros(1, 3, *model_image_size(model.visual)))
+        tokens, _ = model.encode_tokens(torch.zeros(1, model.context_length, dtype=torch.long, device=stem.device))
         model.train(training)
     return RegionSizes(model.context_length, tokens.shape[1], grid)
 

@@ -29,7 +29,7 @@ def check_regions(args: Namespace, model: nn.Module | None) -> None:
 
     Raises:
         ValueError: a flag or a model that does not work with regions; a CSV without the column `boxes` or without any
-            box, or a box that is malformed or outside its image, by file, line and text.
+            box or word, or a box that is malformed or outside its image, by file, line and text.
     """
     for flag, reason in _REFUSED.items():
         if getattr(args, flag, False):
@@ -70,11 +70,13 @@ def check_csv(path: str, separator: str, image_key: str, caption_key: str) -> No
     boxed = (table[COLUMN] != "").to_numpy().nonzero()[0].tolist()
     if not boxed:
         raise DataError(f"--train-data {path} has no row with {COLUMN}; expected one or more with --sparc-regions")
+    names_words = False
     for row in boxed:
         image, caption, text = (table[key].iloc[row] for key in (image_key, caption_key, COLUMN))
         try:
             height, width = read_image_size(Path(str(image)))
             for each in parse_objects(text, str(caption)):
+                names_words |= bool(each.words)
                 left, top, right, bottom = each.box
                 if left < 0 or top < 0 or right > width or bottom > height:
                     raise DataError(
@@ -82,3 +84,8 @@ def check_csv(path: str, separator: str, image_key: str, caption_key: str) -> No
                     )
         except ValueError as error:
             raise DataError(f"{path}, line {line_of(table, row)}: {error}") from error
+    if not names_words:
+        raise DataError(
+            f"--train-data {path}: no object of the column {COLUMN} has words; expected the positions in "
+            "title.split() of the words that name it, as without them a box restricts nothing"
+        )
