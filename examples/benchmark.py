@@ -453,6 +453,7 @@ def quiet_libraries() -> None:
     """Or the profiler tells of every start and stop, the compiler of itself, open_clip of a model without weights."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set")
     logging.getLogger().setLevel(logging.ERROR)
 
 
