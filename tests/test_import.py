@@ -83,3 +83,33 @@ def test_the_functional_example_runs() -> None:
     results = doctest.testmod(functional, extraglobs={"torch": torch})
     assert results.attempted > 0
     assert results.failed == 0
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["open_clip"] = None  # what an import then finds where they are not installed
+
+import sparc_loss
+from sparc_loss import cli
+for argv in (["--help"], ["--version"], ["trian"], ["train", "--loss", "sprac"]):
+    try:
+        cli.main(argv)
+    except SystemExit as error:
+        print(error.code)
+"""
+
+
+def test_help_version_and_wrong_names_do_not_wait_for_torch() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert "sparc-loss 0." in process.stdout
+    assert "unknown command 'trian'" in process.stderr
+    assert "argument --loss: unknown loss 'sprac'; known: clip, filip, flair" in process.stderr
+
+
+def test_the_modules_of_the_loss_are_there_without_an_import_of_their_own() -> None:
+    code = "import sparc_loss; print(*(getattr(sparc_loss, name).__name__ for name in sparc_loss._MODULES))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert process.stdout.split() == [f"sparc_loss.{name}" for name in sparc_loss._MODULES], process.stderr

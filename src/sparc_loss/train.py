@@ -16,7 +16,14 @@ from pathlib import Path
 from sparc_loss.model_loading import why_not_loaded
 from sparc_loss.open_clip_versions import UntestedVersionError, check_version
 from sparc_loss.plugins.contract import LossPlugin
-from sparc_loss.plugins.discovery import BUILT_IN, PluginError, load_all_losses, load_loss, registered_losses
+from sparc_loss.plugins.discovery import (
+    BUILT_IN,
+    PluginError,
+    check_registered,
+    load_all_losses,
+    load_loss,
+    registered_losses,
+)
 
 PROG = "python -m sparc_loss.train"
 
@@ -31,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False, usage=f"{PROG} [--loss NAME] ...")
+    loss = _loss_of(parser, argv)  # before torch is imported, which takes seconds
     try:
         import open_clip
 
@@ -44,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"open_clip's training cannot be imported ({error}); pip install 'sparc-loss[train]'")
     except UntestedVersionError as error:
         parser.error(str(error))
-    plugin = _load_plugin(parser, argv)
+    plugin = _load_plugin(parser, loss)
 
     def parse_args(argv: list[str]) -> Namespace:
         loss_args, rest = parser.parse_known_args(argv)
@@ -65,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         return open_clip_main(argv) or 0
 
 
-def _load_plugin(parser: ArgumentParser, argv: list[str]) -> LossPlugin | None:
-    """Add `--loss` and the arguments of the loss it names to `parser`; None is open_clip's own loss."""
+def _loss_of(parser: ArgumentParser, argv: list[str]) -> str:
+    """Add `--loss` to `parser`; the name given, or a usage error if none is registered under it."""
     parser.add_argument(
         "--loss",
         default=BUILT_IN,
@@ -74,7 +82,17 @@ def _load_plugin(parser: ArgumentParser, argv: list[str]) -> LossPlugin | None:
         help=f"{BUILT_IN} (open_clip's own, made from its other flags) or one that a package registers, here: "
         f"{', '.join(sorted(registered_losses())) or 'none'} (default: %(default)s)",
     )
-    name = parser.parse_known_args(argv)[0].loss
+    name: str = parser.parse_known_args(argv)[0].loss
+    if name != BUILT_IN:
+        try:
+            check_registered(name)
+        except PluginError as error:
+            parser.error(f"argument --loss: {error}")
+    return name
+
+
+def _load_plugin(parser: ArgumentParser, name: str) -> LossPlugin | None:
+    """Add the arguments of the loss to `parser`; None is open_clip's own loss."""
     if name == BUILT_IN:
         return None
     try:

@@ -1,9 +1,10 @@
 """The contract of a loss plug-in. `sparc_loss.plugins.discovery` finds plug-ins by entry point."""
 
 from argparse import ArgumentParser, Namespace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 CALLABLES = ("add_arguments", "prepare_model", "create_loss")
 
@@ -32,8 +33,8 @@ class LossPlugin(Protocol):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the loss's own flags to `parser`, best in an argument group of their own."""
 
-    def prepare_model(self, model: nn.Module, args: Namespace) -> nn.Module:
+    def prepare_model(self, model: "nn.Module", args: Namespace) -> "nn.Module":
         """Return the model to train, once created and before it is locked, wrapped or compiled."""
 
-    def create_loss(self, args: Namespace) -> nn.Module:
+    def create_loss(self, args: Namespace) -> "nn.Module":
         """Return the loss, called as `loss(**model_output, output_dict=True)`: a dict of weighted terms."""

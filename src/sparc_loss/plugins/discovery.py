@@ -38,6 +38,13 @@ def registered_losses() -> dict[str, EntryPoint]:
     return losses
 
 
+def check_registered(name: str) -> None:
+    """Raise PluginError, with the known names and the nearest, unless a loss is registered under the name."""
+    losses = registered_losses()
+    if name not in losses:
+        raise PluginError(_unknown(name, [BUILT_IN, *losses]))
+
+
 def load_loss(name: str) -> LossPlugin:
     """Load the plug-in registered as `name`, and only that one.
 
@@ -45,10 +52,8 @@ def load_loss(name: str) -> LossPlugin:
         PluginError: nothing is registered under the name (the known names and the nearest are listed), its import
             fails (the cause is chained), or it lacks one of the three callables.
     """
-    losses = registered_losses()
-    if name not in losses:
-        raise PluginError(_unknown(name, [BUILT_IN, *losses]))
-    entry_point = losses[name]
+    check_registered(name)
+    entry_point = registered_losses()[name]
     where = f"{entry_point.value} of {_package(entry_point)}"
     try:
         plugin: Any = entry_point.load()
