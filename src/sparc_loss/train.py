@@ -19,7 +19,7 @@ from sparc_loss.plugins.contract import LossPlugin
 from sparc_loss.plugins.discovery import (
     BUILT_IN,
     PluginError,
-    check_registered,
+    find_loss,
     load_all_losses,
     load_loss,
     registered_losses,
@@ -85,7 +85,7 @@ def _loss_of(parser: ArgumentParser, argv: list[str]) -> str:
     name: str = parser.parse_known_args(argv)[0].loss
     if name != BUILT_IN:
         try:
-            check_registered(name)
+            find_loss(name)
         except PluginError as error:
             parser.error(f"argument --loss: {error}")
     return name

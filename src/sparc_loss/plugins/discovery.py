@@ -38,11 +38,16 @@ def registered_losses() -> dict[str, EntryPoint]:
     return losses
 
 
-def check_registered(name: str) -> None:
-    """Raise PluginError, with the known names and the nearest, unless a loss is registered under the name."""
+def find_loss(name: str) -> EntryPoint:
+    """The entry point of a loss, which is not loaded.
+
+    Raises:
+        PluginError: nothing is registered under the name; the known names and the nearest are listed.
+    """
     losses = registered_losses()
     if name not in losses:
         raise PluginError(_unknown(name, [BUILT_IN, *losses]))
+    return losses[name]
 
 
 def load_loss(name: str) -> LossPlugin:
@@ -52,8 +57,7 @@ def load_loss(name: str) -> LossPlugin:
         PluginError: nothing is registered under the name (the known names and the nearest are listed), its import
             fails (the cause is chained), or it lacks one of the three callables.
     """
-    check_registered(name)
-    entry_point = registered_losses()[name]
+    entry_point = find_loss(name)
     where = f"{entry_point.value} of {_package(entry_point)}"
     try:
         plugin: Any = entry_point.load()
