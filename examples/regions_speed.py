@@ -18,13 +18,13 @@ import open_clip
 from open_clip.transform import image_transform
 from open_clip_train.data import get_data
 from open_clip_train.params import parse_args
-from PIL import Image
 
 from sparc_loss.regions.behind_texts import RegionSizes
 from sparc_loss.regions.training_data import data_with_regions
 
 from .scenes.dataset import read_annotations, write_dataset
-from .segmentation_speed import HEIGHT, WIDTH
+from .scenes.evaluation_csv import named_boxes
+from .segmentation_speed import HEIGHT, WIDTH, photograph
 
 Row = tuple[Path, str, list[dict[str, Any]]]
 
@@ -33,7 +33,7 @@ def scenes(folder: Path, pairs: int) -> list[Row]:
     """Scenes of digits, with the boxes of all their objects."""
     found = read_annotations(write_dataset(folder / "scenes", {"val": pairs}, workers=1), "val")
     return [
-        (image, caption, [{"phrase": o.phrase, "box": o.boxes[0], "words": sorted(o.words.values())} for o in objects])
+        (image, caption, named_boxes(objects))
         for image, caption, objects in zip(found.images, found.captions, found.objects, strict=True)
     ]
 
@@ -43,9 +43,8 @@ def photographs(folder: Path, pairs: int) -> list[Row]:
     generator = np.random.default_rng(0)
     rows = []
     for index in range(pairs):
-        coarse = generator.integers(0, 255, (HEIGHT // 25, WIDTH // 25, 3), dtype=np.uint8)
         path = folder / f"{index}.jpg"
-        Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(path, quality=95)
+        photograph(generator).save(path, quality=95)
         box = {"phrase": "a dog", "box": [50, 50, 250, 300], "words": [0, 1]}
         rows.append((path, f"a dog on a red sofa in room {index}", [box]))
     return rows

@@ -25,6 +25,12 @@ from sparc_loss.evaluation.suites import SUITES, DataFolder
 HEIGHT, WIDTH = 375, 500
 
 
+def photograph(generator: np.random.Generator) -> Image.Image:
+    """Smooth noise, which compresses as photographs do."""
+    coarse = generator.integers(0, 255, (HEIGHT // 25, WIDTH // 25, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+
+
 def write_voc(root: Path, images: int) -> None:
     """Images of smooth noise, as JPEG compresses photographs, and masks of two classes."""
     base = root / "VOCdevkit" / "VOC2012"
@@ -32,9 +38,7 @@ def write_voc(root: Path, images: int) -> None:
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (base / folder).mkdir(parents=True)
     for index in range(images):
-        coarse = generator.integers(0, 255, (HEIGHT // 25, WIDTH // 25, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        picture.save(base / "JPEGImages" / f"{index}.jpg", quality=95)
+        photograph(generator).save(base / "JPEGImages" / f"{index}.jpg", quality=95)
         mask = np.zeros((HEIGHT, WIDTH), np.uint8)
         mask[:, WIDTH // 2 :] = 1 + index % 20
         Image.fromarray(mask).save(base / "SegmentationClass" / f"{index}.png")

@@ -8,8 +8,10 @@ folder/
 
 import csv
 import json
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,13 +51,18 @@ def write_evaluation_csv(data: str | Path, split: Split) -> Path:
         for index, (image, caption, objects) in enumerate(
             zip(scenes.images, scenes.captions, scenes.objects, strict=True)
         ):
-            boxes = [
-                {"phrase": each.phrase, "box": box, "words": sorted(each.words.values())}
-                for each in objects
-                for box in each.boxes
-            ]
-            writer.writerow([image, caption, json.dumps(boxes), masks / f"{index:05d}.png", swapped.get(index, "")])
+            boxes = json.dumps(named_boxes(objects))
+            writer.writerow([image, caption, boxes, masks / f"{index:05d}.png", swapped.get(index, "")])
     return path
+
+
+def named_boxes(objects: Iterable[SceneObject]) -> list[dict[str, Any]]:
+    """The column `boxes` of a scene, before it is JSON."""
+    return [
+        {"phrase": each.phrase, "box": box, "words": sorted(each.words.values())}
+        for each in objects
+        for box in each.boxes
+    ]
 
 
 def swapped_captions(scenes: Annotations) -> dict[int, str]:
