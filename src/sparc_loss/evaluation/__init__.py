@@ -4,7 +4,7 @@
 """
 
 from sparc_loss.evaluation.classification import top_k_accuracy
-from sparc_loss.evaluation.faithfulness import KPrecision, k_precision
+from sparc_loss.evaluation.faithfulness import KPrecision, k_precision, text_k_precision
 from sparc_loss.evaluation.hard_negatives import HARD_NEGATIVE_CHANCE, hard_negative_accuracy, swap_words
 from sparc_loss.evaluation.image_dependence import (
     ImageDependence,
@@ -48,5 +48,6 @@ __all__ = [
     "recall_chance",
     "segment",
     "swap_words",
+    "text_k_precision",
     "top_k_accuracy",
 ]

@@ -14,7 +14,7 @@ The file is read as open_clip's training reads it, by pandas: a caption such as 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,6 +137,7 @@ def read_data(
     separator: str | None = None,
     image_key: str = "filepath",
     caption_key: str = "title",
+    columns: Collection[str] = COLUMNS,
 ) -> EvaluationData:
     """Read the CSV and check that the images exist, without opening them. Warns of captions that are read as "nan".
 
@@ -146,17 +147,18 @@ def read_data(
         separator: None is a tab if the first line contains one, otherwise a comma.
         image_key: column of the images.
         caption_key: column of the captions.
+        columns: which of the further columns to read, where they are there.
 
     Raises:
         DataError: a file or row that cannot be read, with file and line.
     """
     data = EvaluationData(list(classes or []))
     separator = separator_of(path) if separator is None else separator
-    table = read_pairs(path, separator, image_key, caption_key, COLUMNS)
+    table = read_pairs(path, separator, image_key, caption_key, columns)
     for column in ("mask", "label"):
-        if column in table.columns and not data.classes:
+        if column in columns and column in table.columns and not data.classes:
             raise DataError(f"{path} has a column {column}; expected the names of the classes with it (--classes)")
-    further = table[[column for column in COLUMNS if column in table.columns]].to_dict("records")
+    further = table[[column for column in columns if column in table.columns]].to_dict("records")
     pairs = zip(table[image_key].tolist(), table[caption_key].tolist(), strict=True)
     known: dict[str, int] = {}
     for index, (image, caption) in enumerate(pairs):

@@ -18,6 +18,9 @@ from torch import Tensor
 from sparc_loss.evaluation.retrieval import caption_images
 
 
+WordFilter = Callable[[str], bool] | Collection[str]
+
+
 class KPrecision(NamedTuple):
     """K-Precision per image; `nanmean` is that of the data set.
 
@@ -34,7 +37,7 @@ def k_precision(
     captions: Sequence[str],
     retrieved: Tensor,
     image_index: Tensor | None = None,
-    counts: Callable[[str], bool] | Collection[str] | None = None,
+    counts: WordFilter | None = None,
 ) -> KPrecision:
     """K-Precision of the caption retrieved for each image.
 
@@ -71,16 +74,28 @@ def k_precision(
     for share in filter(None, shares):
         average.update(share)
     total = sum(map(bool, shares))
-
-    def within(share: dict[str, float], image: int) -> float:
-        return sum(amount for word, amount in share.items() if word in said[image])
-
-    precision = [
-        within(shares[caption], image) if shares[caption] else torch.nan
-        for image, caption in enumerate(retrieved.tolist())
-    ]
+    precision = [_said(shares[caption], said[image]) for image, caption in enumerate(retrieved.tolist())]
     chance = [sum(average[word] for word in words) / total if total else torch.nan for words in said]
     return KPrecision(torch.tensor(precision, dtype=torch.float64), torch.tensor(chance, dtype=torch.float64))
+
+
+def text_k_precision(text: str, captions: Sequence[str], counts: WordFilter | None = None) -> float:
+    """K-Precision of one text, such as a generated caption: the share of its words that occur in `captions`.
+
+    Args:
+        text: not one of the captions.
+        captions: of its image.
+        counts: which words count, as in `k_precision`.
+
+    Returns:
+        A number in [0, 1], NaN for a text without such a word.
+
+    Raises:
+        TypeError: `captions` is a single string.
+    """
+    if isinstance(captions, str):
+        raise TypeError("captions is a str; expected a sequence of captions")
+    return _said(_shares(text, counts), {word for caption in captions for word in caption_words(caption)})
 
 
 def caption_words(caption: str) -> list[str]:
@@ -88,7 +103,12 @@ def caption_words(caption: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", caption.lower())
 
 
-def _shares(caption: str, counts: Callable[[str], bool] | Collection[str] | None) -> dict[str, float]:
+def _said(shares: dict[str, float], words: Collection[str]) -> float:
+    """The sum of the shares of those words; NaN where there are no shares."""
+    return sum(share for word, share in shares.items() if word in words) if shares else torch.nan
+
+
+def _shares(caption: str, counts: WordFilter | None) -> dict[str, float]:
     """The share of each selected word among those of the caption."""
     words = caption_words(caption)
     if counts is not None:

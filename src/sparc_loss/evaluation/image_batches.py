@@ -127,11 +127,28 @@ def image_batches(
     *,
     own: bool = True,
     whole: bool = True,
+    order: Sequence[int] | None = None,
 ) -> Iterator[ImageBatch]:
-    """The images in a fixed random order: neighbours in a file may resemble each other, and the probe swaps them."""
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
+    """The images in batches, preprocessed.
+
+    Args:
+        model: whose preprocessing it is.
+        paths: of the images.
+        batch_size: B.
+        workers: processes that read.
+        crops: see `EvaluationData`.
+        own: give the images as the model's own preprocessing shows them.
+        whole: give the images squashed, so that all of each is seen.
+        order: the indices of the images, as often as each is to come; None is each once, in a fixed random order:
+            neighbours in a file may resemble each other, and the probe of image dependence swaps them.
+
+    Raises:
+        DataError: an image that cannot be read.
+    """
+    if order is None:
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
     starts = range(0, len(order), batch_size)
-    batches = [order[start : start + batch_size] for start in starts]
+    batches = [list(order[start : start + batch_size]) for start in starts]
     yield from _read_batches(_Images(model, paths, crops, own, whole), batches, workers, "batch")
 
 
