@@ -1,9 +1,11 @@
 """K-Precision, against examples worked by hand."""
 
+import math
+
 import pytest
 import torch
 
-from sparc_loss.evaluation import k_precision
+from sparc_loss.evaluation import k_precision, text_k_precision
 from sparc_loss.evaluation.faithfulness import caption_words
 
 CAPTIONS = ["A red seven.", "a blue star", "the RED star, red!"]
@@ -49,6 +51,27 @@ def test_an_empty_caption_has_no_precision():
     assert result.precision.isnan().tolist() == [True, True, False]
     assert result.precision[2] == 0
     assert result.chance.tolist() == [0, 1, 0]
+
+
+def test_a_text_that_is_no_caption_of_the_data_has_a_precision_too():
+    # "red" and "star" of "a red, RED star": "a" is in neither caption.
+    assert text_k_precision("a red, RED star", ["The red seven", "one star"]) == 0.75
+    assert text_k_precision("a red, RED star", ["The red seven"], NOUNS_AND_ADJECTIVES) == pytest.approx(2 / 3)
+    assert text_k_precision("a blue star", []) == 0
+    assert math.isnan(text_k_precision("a the", ["a the"], NOUNS_AND_ADJECTIVES))
+
+
+@pytest.mark.parametrize("counts", [None, NOUNS_AND_ADJECTIVES])
+def test_the_precision_of_a_text_is_that_of_a_retrieved_caption(counts):
+    retrieved = torch.tensor([1, 2, 0])
+    of_all = k_precision(CAPTIONS, retrieved, counts=counts).precision.tolist()
+    of_each = [text_k_precision(CAPTIONS[other], [CAPTIONS[own]], counts) for own, other in enumerate([1, 2, 0])]
+    assert of_each == of_all
+
+
+def test_one_caption_in_place_of_several_is_refused():
+    with pytest.raises(TypeError, match=r"captions is a str; expected a sequence of captions"):
+        text_k_precision("a star", "a star")
 
 
 def test_nothing_but_empty_captions_has_no_chance_either():

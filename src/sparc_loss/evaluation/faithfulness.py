@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sparc_loss.evaluation.retrieval import caption_images
 
-
 WordFilter = Callable[[str], bool] | Collection[str]
 
 
