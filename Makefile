@@ -8,11 +8,12 @@ OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 eino
 # What of the tests meets open_clip; its main branch changes nothing for the others.
 MAIN_TESTS := $(addprefix tests/,open_clip_4 plugins hooks monitoring embeddings losses regions show test_train.py test_train_baselines.py test_train_regions.py test_diagnostics.py)
 
-.PHONY: help install train study quick test test-all test-oldest test-main open-clip-checkout fuzz bench docs lint clean
+.PHONY: help install train study downstream quick test test-all test-oldest test-main open-clip-checkout fuzz bench docs lint clean
 
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
 	@echo "make study   compare every objective on the same scenes; about 80 minutes on 2 cores, and it can be stopped"
+	@echo "make downstream  detect and caption with backbones of the study; about 35 minutes on 2 cores, and it can be stopped"
 	@echo "make quick   run the tests that start no process and train nothing; about a minute"
 	@echo "make test    run every test that guards a behaviour of its own; about 10 minutes on 2 cores"
 	@echo "make test-all  also the exhaustive ones: all 144 models, every golden case on every path"
@@ -40,6 +41,9 @@ train: $(STAMP)
 
 study: $(STAMP)
 	$(BIN)/python -m examples.study
+
+downstream: $(STAMP)
+	$(BIN)/python -m examples.downstream
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow and not exhaustive" --hypothesis-profile quick

@@ -1,0 +1,1 @@
+"""What backbones are good for: detection and captioning by a frozen backbone, like for like."""
