@@ -149,6 +149,14 @@ def test_boxes_that_are_no_json_are_refused(folder):
         read_data(write(folder, "filepath,title,boxes", "one.png,a,1 2 3 4"))
 
 
+def test_columns_that_are_not_asked_for_are_not_read(folder):
+    path = write(folder, "filepath\ttitle\tboxes\tmask\tlabel", "one.png\ta star\tno json\tmask.png\tunknown")
+    data = read_data(path, columns=())
+    assert (data.captions, data.objects, data.masks, data.labels) == (["a star"], [()], [None], [None])
+    with pytest.raises(DataError, match=r"line 2: boxes is 'no json'"):
+        read_data(path, columns=("boxes",))
+
+
 @pytest.mark.parametrize("column", ["mask", "label"])
 def test_masks_and_labels_need_the_names_of_the_classes(folder, column):
     path = write(folder, f"filepath,title,{column}", "one.png,a,mask.png")

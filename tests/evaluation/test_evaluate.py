@@ -433,6 +433,16 @@ def test_a_batch_is_sent_in_two_tensors_or_in_one_where_both_readings_are_the_sa
         assert batch.sizes == ((48, 96), (48, 96))
 
 
+def test_images_come_in_the_order_that_is_asked_for_and_as_often(data):
+    order = [1, 0, 1, 1, 0]
+    batches = list(image_batches(ColourModel(), data.images, 2, 0, own=False, order=order))
+    assert [batch.indices for batch in batches] == [[1, 0], [1, 1], [0]]
+    once = {i: batch.whole[0] for i in (0, 1) for batch in image_batches(ColourModel(), data.images, 1, 0, order=[i])}
+    for batch in batches:
+        for image, index in zip(batch.whole, batch.indices, strict=True):
+            assert torch.equal(image, once[index])
+
+
 def test_families_alone_are_measured_and_nothing_is_run_for_the_others(data, measured):
     def names(*families):
         model = CountingModel()
