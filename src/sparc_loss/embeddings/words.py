@@ -11,6 +11,7 @@ from typing import Any
 
 import regex
 from open_clip.tokenizer import SimpleTokenizer, basic_clean, canonicalize_text
+from torch import Tensor
 
 from sparc_loss.embeddings.token_mask import hf_tokenizer_of, token_conventions
 
@@ -93,7 +94,7 @@ def read_caption(caption: str, tokenizer: Any) -> Caption:
     return Caption(text, words)
 
 
-def word_positions(tokenizer: Any, caption: str) -> list[list[int]]:
+def word_positions(tokenizer: Any, caption: str, ids: Tensor | None = None) -> list[list[int]]:
     """The positions of the tokens of each word of `caption.split()`, for annotations of these words.
 
     Punctuation belongs to the word it is attached to. The list is empty for a word that the tokenizer drops or that is
@@ -102,6 +103,7 @@ def word_positions(tokenizer: Any, caption: str) -> list[list[int]]:
     Args:
         tokenizer: as in `read_caption`.
         caption: words between white space.
+        ids: what the tokenizer makes of the caption, [1, L], where that is known already.
 
     Raises:
         TypeError: as `read_caption`.
@@ -111,7 +113,7 @@ def word_positions(tokenizer: Any, caption: str) -> list[list[int]]:
     if not caption.split():
         return []
     clean = _clean_of(tokenizer)
-    text, pieces = _pieces(caption, tokenizer)
+    text, pieces = _pieces(caption, tokenizer, ids)
     words = [clean(word) for word in caption.split()] if text != caption else caption.split()
     if " ".join(filter(None, words)) != text:
         raise ValueError(
@@ -137,8 +139,8 @@ def _clean_of(tokenizer: Any) -> Callable[[str], str]:
     return lambda text: " ".join(text.split())
 
 
-def _pieces(caption: str, tokenizer: Any) -> tuple[str, list[_Piece]]:
-    """The cleaned caption, and the pieces of its words with their positions."""
+def _pieces(caption: str, tokenizer: Any, ids: Tensor | None = None) -> tuple[str, list[_Piece]]:
+    """The cleaned caption, and the pieces of its words with their positions; `ids` are those of the caption."""
     conventions = token_conventions(tokenizer)
     hf_tokenizer = hf_tokenizer_of(tokenizer)
     text = _clean_of(tokenizer)(caption)
@@ -151,7 +153,7 @@ def _pieces(caption: str, tokenizer: Any) -> tuple[str, list[_Piece]]:
     pieces = [piece for piece in found if piece.token_id not in conventions.special_ids]
 
     # Beyond the context, the model reads the first pieces; a few tokenizers keep the last.
-    texts = tokenizer([caption])
+    texts = tokenizer([caption]) if ids is None else ids
     positions = conventions.mask(texts, "words")[0].nonzero().flatten().tolist()
     skipped = len(pieces) - len(positions) if getattr(hf_tokenizer, "truncation_side", "right") == "left" else 0
     seen = pieces[skipped : skipped + len(positions)]

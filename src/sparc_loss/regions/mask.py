@@ -79,14 +79,14 @@ def region_mask(
         raise TypeError(
             f"regions is a {type(regions).__name__}; expected torchvision's tv_tensors.BoundingBoxes or Mask"
         )
-    usable = torch.zeros(length, grid[0] * grid[1], dtype=torch.bool)
-    has_region = torch.zeros(length, dtype=torch.bool)
-    for patches_of_object, tokens in zip(patches, positions, strict=True):
+    usable = np.zeros((length, grid[0] * grid[1]), dtype=bool)
+    has_region = np.zeros(length, dtype=bool)
+    for patches_of_object, tokens in zip(patches.numpy(), positions, strict=True):
         usable[list(tokens)] |= patches_of_object
         has_region[list(tokens)] = True
     if words == "all":
-        usable |= ~has_region[:, None]
-    return usable
+        usable[~has_region] = True
+    return torch.from_numpy(usable)
 
 
 def check_share(name: str, value: float) -> None:

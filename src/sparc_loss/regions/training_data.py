@@ -62,10 +62,9 @@ class RegionSample:
 
     def transformed(self, image: Any) -> Any:
         """The image as training takes it."""
-        if self.objects:
-            result, self.boxes = self.joint(image, boxes_of([each.box for each in self.objects], image))
-        else:
-            result = self.transform(image)
+        if not self.objects:
+            return self.transform(image)
+        result, self.boxes = self.joint(image, boxes_of([each.box for each in self.objects], image))
         self.has_image = True
         self._pack()
         return result
@@ -73,10 +72,15 @@ class RegionSample:
     def tokenized(self, texts: Any, *arguments: Any, **named: Any) -> Tensor:
         """The ids [1, ids] of a text, with the mask behind them; the ids alone of texts that belong to no sample."""
         row: Tensor = self.tokenizer(texts, *arguments, **named)
-        if self.begun:
+        if not self.begun:
+            return row
+        row = torch.cat([row, self.without_boxes[None]], dim=1)
+        if self.objects:
             self.caption = texts if isinstance(texts, str) else texts[0]
-            self.row = row = torch.cat([row, row.new_zeros(len(row), self.sizes.packed)], dim=1)
+            self.row = row
             self._pack()
+        else:
+            self.begun = False
         return row
 
     def _pack(self) -> None:
@@ -84,13 +88,13 @@ class RegionSample:
         if self.row is None or not self.has_image:
             return
         # In place: the sample has this row already.
-        self.row[0, self.sizes.ids :] = self._packed_mask() if self.objects else self.without_boxes
+        self.row[0, self.sizes.ids :] = self._packed_mask(self.row[:, : self.sizes.ids])
         self.begin(())
         self.begun = False
 
-    def _packed_mask(self) -> Tensor:
+    def _packed_mask(self, ids: Tensor) -> Tensor:
         try:
-            words = word_positions(self.tokenizer, self.caption)
+            words = word_positions(self.tokenizer, self.caption, ids)
             positions = [[place for word in each.words for place in words[word]] for each in self.objects]
             grid, length = self.sizes.grid, self.sizes.length
             return packed(region_mask(self.boxes, positions, grid, length, share=self.share, words=self.words))
@@ -116,7 +120,7 @@ class RegionTokenizer:
 
 
 class DatasetWithRegions(Dataset):
-    """A `CsvDataset` of open_clip, and the column `boxes` of its rows."""
+    """A `CsvDataset` of open_clip, and the column `boxes` of its rows, as an array."""
 
     def __init__(self, dataset: Any, boxes: Any, sample: RegionSample) -> None:
         self.dataset, self.boxes, self.sample = dataset, boxes, sample
@@ -126,7 +130,7 @@ class DatasetWithRegions(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         """What open_clip's data set gives, with the mask behind the text."""
-        text = self.boxes.iloc[index]
+        text = self.boxes[index]
         self.sample.begin(parse_objects(text, None) if text else ())
         return self.dataset[index]
 
@@ -155,7 +159,7 @@ def data_with_regions(
     elif isinstance(loader, DataLoader) and type(loader.dataset).__name__ == "CsvDataset":
         table = read_table(args.train_data, args.csv_separator, usecols=[COLUMN], dtype=str, keep_default_na=False)
         # torch refuses to set the data set of a loader, because a sampler may know another; here it stays as long.
-        object.__setattr__(loader, "dataset", DatasetWithRegions(loader.dataset, table[COLUMN], sample))
+        object.__setattr__(loader, "dataset", DatasetWithRegions(loader.dataset, table[COLUMN].array, sample))
     else:
         found = f"{type(loader).__name__} of a {type(loader.dataset).__name__}"
         raise ValueError(f"the training data is a {found}; expected a CSV or a WebDataset with boxes")
