@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from open_clip.utils import to_2tuple
 from torch import Tensor
 
 from sparc_loss import surface_embeddings
+from sparc_loss.embeddings.image_size import model_image_size
 from sparc_loss.evaluation.encoder import Encoder
 from sparc_loss.model_loading import load_model
 
@@ -52,12 +52,8 @@ def load_backbone(args: Namespace) -> Backbone:
         model = surface_embeddings(model, tokenizer).requires_grad_(False).eval()
     except TypeError as error:  # by the name of what is not known
         raise ValueError(str(error)) from error
-    if isinstance(model.visual.preprocess_cfg.get("size"), (int, list, tuple)):
-        size = to_2tuple(model.visual.preprocess_cfg["size"])
-        with torch.no_grad():
-            patches, grid = model.encode_patches(torch.zeros(1, 3, *size, device=args.device))
-        if grid is not None:
-            return Backbone(model, tokenizer, patches.shape[-1], grid, torch.device(args.device))
-    raise ValueError(
-        f"model {args.model} has patches in no fixed grid; expected a model that takes images of one size"
-    )
+    with torch.no_grad():
+        patches, grid = model.encode_patches(torch.zeros(1, 3, *model_image_size(model.visual), device=args.device))
+    if grid is None:
+        raise ValueError(f"model {args.model} has patches in no grid; expected a model of images of one size")
+    return Backbone(model, tokenizer, patches.shape[-1], grid, torch.device(args.device))

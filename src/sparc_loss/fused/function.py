@@ -42,7 +42,9 @@ def fused_loss(
     masks = valid_tokens(token_features, patch_features, token_mask, patch_mask, region_mask), patch_mask, region_mask
     check_scale(logit_scale)
     if not isinstance(logit_scale, Tensor):
-        logit_scale = torch.tensor(logit_scale, dtype=full_precision_dtype(patch_features, token_features))
+        # Filled there, not copied to there, for which the host would wait.
+        dtype = full_precision_dtype(patch_features, token_features)
+        logit_scale = torch.full((), logit_scale, dtype=dtype, device=patch_features.device)
     settings = settings_for(patch_features.device, alignment, chunk_bytes, recompute)
     features = patch_features, token_features, logit_scale
     if is_transformed(*features):

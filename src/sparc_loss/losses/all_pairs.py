@@ -71,14 +71,19 @@ def all_pairs_scores(
 ) -> Tensor:
     """Scores [2, I, C] of all I images and C captions, block by block; an empty one gets an arbitrary finite score.
 
+    An image or a caption without a valid entry keeps all of them, so that its scores are finite.
     Captions are sorted by their number of tokens, longest first, so that a block has little padding. If there are
     several blocks, each is computed again in the backward pass instead of being kept.
     """
-    patch_features, patch_mask = _packed(patch_features, patch_mask)
-    token_features, token_mask = _packed(token_features, token_mask)
-    lengths, longest_first = token_mask.sum(dim=1).sort(descending=True, stable=True)
+    patch_mask, token_mask = (mask | ~mask.any(dim=1, keepdim=True) for mask in (patch_mask, token_mask))
+    longest_first = token_mask.sum(dim=1).argsort(descending=True, stable=True)
+    # The host waits for the device here and nowhere else.
+    numbers = torch.cat([patch_mask.sum(dim=1), token_mask.sum(dim=1)]).tolist()
+    numbers_of_patches, lengths = numbers[: len(patch_mask)], sorted(numbers[len(patch_mask) :], reverse=True)
+    patch_features, patch_mask = _packed(patch_features, patch_mask, numbers_of_patches)
+    token_features, token_mask = _packed(token_features, token_mask, lengths)
     token_features, token_mask = token_features[longest_first], token_mask[longest_first]
-    blocks = list(_blocks(lengths.tolist(), len(patch_features), max(patch_features.shape[1:])))
+    blocks = list(_blocks(lengths, len(patch_features), max(patch_features.shape[1:])))
 
     columns: dict[int, list[Tensor]] = {}
     for images, captions, length in blocks:
@@ -98,16 +103,11 @@ def all_pairs_scores(
     return scores[:, :, longest_first.argsort()]
 
 
-def _packed(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row with its valid entries first, cut to the longest row.
-
-    A row without a valid entry keeps all of them, so that its scores are finite; they are masked later.
-    """
-    mask = mask | ~mask.any(dim=1, keepdim=True)
-    if mask.all():
+def _packed(features: Tensor, mask: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """Each row with its valid entries first, cut to the longest row; `numbers` are those of valid entries."""
+    if min(numbers) == mask.shape[1]:
         return features, mask
-    longest = int(mask.sum(dim=1).max())
-    order = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    order = mask.byte().argsort(dim=1, descending=True, stable=True)[:, : max(numbers)]
     index = order[:, :, None].expand(-1, -1, features.shape[-1])
     return features.gather(1, index), mask.gather(1, order)
 
