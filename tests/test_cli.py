@@ -1,6 +1,8 @@
+import os
 import sys
 
 import pytest
+from launching import run_python
 
 import sparc_loss
 from sparc_loss import cli, train
@@ -47,3 +49,17 @@ def test_show_without_its_extra_is_one_error_with_the_pip_command(monkeypatch, c
     assert error.startswith("sparc-loss show: error: ")
     assert "matplotlib" in error
     assert error.endswith("pip install 'sparc-loss[show]'\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, found):
+    code = "import os, sys; from sparc_loss import cli; cli.main(['evaluate', '--list-suites']); import torch; "
+    finished = run_python("-c", code + "print(os.environ['OMP_WAIT_POLICY'])", env=given)
+    assert finished.stdout.splitlines()[-1] == found
+
+
+def test_a_process_that_has_torch_already_is_left_alone(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    cli.main(["evaluate", "--list-suites"])
+    assert "OMP_WAIT_POLICY" not in os.environ

@@ -1,5 +1,6 @@
 """The console script `sparc-loss`."""
 
+import os
 import sys
 
 from sparc_loss import __version__
@@ -24,10 +25,12 @@ def main(argv: list[str] | None = None) -> int:
 
             return train.main(rest)
         case ["evaluate", *rest]:
+            _let_waiting_threads_sleep()
             from sparc_loss.evaluation.command import main as evaluate
 
             return evaluate(rest)
         case ["show", *rest]:
+            _let_waiting_threads_sleep()
             try:
                 from sparc_loss.show.command import main as show
             except ImportError as error:
@@ -43,3 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     found = f"unknown command {argv[0]!r}" if argv else "no command given"
     print(f"{USAGE}\nsparc-loss: error: {found}; expected train, evaluate or show", file=sys.stderr)
     return 2
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Unless the user says otherwise, threads of OpenMP do not spin while they wait for each other.
+
+    Where another program needs the cores, spinning makes a model several times slower. OpenMP reads this once, when
+    torch is imported.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -149,16 +149,16 @@ def image_batches(
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
     starts = range(0, len(order), batch_size)
     batches = [list(order[start : start + batch_size]) for start in starts]
-    yield from _read_batches(_Images(model, paths, crops, own, whole), batches, workers, "batch")
+    yield from _read_batches(_Images(model, paths, crops, own, whole), batches, workers)
 
 
 def resized_images(model: Any, data: EvaluationData, protocol: Protocol, workers: int) -> Iterator[ResizedImage]:
     """The images that have a mask, one by one, in the order of the data."""
     indices = [[index] for index, mask in enumerate(data.masks) if mask is not None]
-    yield from _read_batches(_ResizedImages(model, data, protocol), indices, workers, "image")
+    yield from _read_batches(_ResizedImages(model, data, protocol), indices, workers)
 
 
-def _read_batches(readings: _Readings, batches_of_indices: list[list[int]], workers: int, unit: str) -> Iterator[Any]:
+def _read_batches(readings: _Readings, batches_of_indices: list[list[int]], workers: int) -> Iterator[Any]:
     loader = DataLoader(
         readings,
         batch_size=None,
@@ -170,10 +170,12 @@ def _read_batches(readings: _Readings, batches_of_indices: list[list[int]], work
     batches = None
     try:
         batches = iter(loader)
-        for batch in tqdm(batches, desc="images", unit=unit, total=len(loader)):
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        with tqdm(desc="images", unit="image", total=sum(map(len, batches_of_indices))) as progress:
+            for indices, batch in zip(batches_of_indices, batches, strict=True):
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+                progress.update(len(indices))
     except Exception as error:
         death = _end_workers(batches) if batches is not None and workers else None
         if isinstance(error, DataError):
