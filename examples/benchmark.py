@@ -1,6 +1,6 @@
 """What the fine-grained loss costs: operations, memory and time, beside what people write and beside a training step.
 
-Then what evaluation on voc20 costs beside the model's forward.
+Then what evaluation on voc20 costs beside the model's forward, what boxes cost the loader, how soon commands answer.
 
     python -m examples.benchmark                       every shape, float32 and bfloat16; minutes on 2 cores
     python -m examples.benchmark --shapes 64,196,77,512 --dtype float32 --repeats 5
@@ -36,6 +36,7 @@ from sparc_loss import functional, fused
 
 from .regions_speed import regions_speed, show_regions_speed
 from .segmentation_speed import segmentation_speed, show_segmentation_speed
+from .start_up import show_start_up, start_up
 from .update_step import Sizes, clip_cost, fine_grained_cost, show_update_steps, update_steps
 
 SHAPES = ["64,196,77,512", "256,196,77,512", "256,49,77,512", "64,576,77,768"]
@@ -442,6 +443,8 @@ def main(arguments: list[str] | None = None) -> None:
         show_segmentation_speed(results["voc20"])
         results["regions"] = regions_speed()
         show_regions_speed(results["regions"])
+        results["start_up"] = start_up()
+        show_start_up(results["start_up"])
 
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
