@@ -13,7 +13,7 @@ from sparc_loss.evaluation.dataset import EvaluationData, read_data, read_lines
 from sparc_loss.evaluation.image_batches import image_batches
 
 from ..downstream.backbone import Backbone, load_backbone
-from ..downstream.command import Measures, make_parser, run_command
+from ..downstream.command import Measures, make_parser, run_command, training_settings
 from .decoder import Captioner
 from .scores import caption_scores
 from .training import train_captioner
@@ -41,15 +41,7 @@ def _caption(args: Namespace) -> Measures:
     train, test = read_data(args.train_data, columns=()), read_data(args.test_data, columns=())
     references = [[test.captions[caption] for caption in captions] for captions in test.captions_of()]
     backbone = load_backbone(args)
-    captioner, vocabulary = train_captioner(
-        backbone,
-        train,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        workers=args.workers,
-    )
+    captioner, vocabulary = train_captioner(backbone, train, **training_settings(args))
     measures: Measures = {}
     for name, captions in write_captions(backbone, captioner, vocabulary, test, args.batch_size, args.workers).items():
         scores = caption_scores(captions, references, words)

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from ..downstream.backbone import load_backbone
-from ..downstream.command import Measures, make_parser, run_command
+from ..downstream.command import Measures, make_parser, run_command, training_settings
 from .average_precision import average_precision
 from .objects import read_objects
 from .training import TOWER_RATE, train_heads
@@ -33,14 +33,5 @@ def make_detection_parser() -> ArgumentParser:
 def _detect(args: Namespace) -> Measures:
     train, test = read_objects(args.train_data), read_objects(args.test_data)
     backbone = load_backbone(args)
-    heads = train_heads(
-        backbone,
-        train,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        workers=args.workers,
-        fine_tune=args.fine_tune,
-    )
+    heads = train_heads(backbone, train, **training_settings(args), fine_tune=args.fine_tune)
     return average_precision(backbone, heads, test, train.names, args.batch_size, args.workers)

@@ -56,6 +56,11 @@ def run_command(parser: ArgumentParser, argv: Sequence[str] | None, work: Callab
     return measures
 
 
+def training_settings(args: Namespace) -> dict[str, Any]:
+    """The flags that the training of every head takes, as keyword arguments."""
+    return {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed", "workers")}
+
+
 def record_of(args: Namespace, measures: Measures) -> dict[str, Any]:
     """What is written as JSON."""
     return {"sparc_loss": __version__, "arguments": arguments_of(args), "measures": measures}
