@@ -122,7 +122,12 @@ def test_the_table_of_models_is_open_clips_list(tower: str, family: Callable[[di
 
 @pytest.mark.parametrize(
     ("title", "plan"),
-    [("The recipe", "recipe"), ("What was tried on the way", "candidates"), ("A second world", "emoji")],
+    [
+        ("The recipe", "recipe"),
+        ("What was tried on the way", "candidates"),
+        ("A second world", "emoji"),
+        ("Downstream", "downstream"),
+    ],
 )
 def test_the_tables_of_the_study_are_those_of_the_committed_runs(title, plan):
     section = text_of("docs/study.md").partition(f"## {title}")[2].partition("\n## ")[0]
