@@ -39,9 +39,10 @@ def detection_loss(logits: Tensor, boxes: Tensor, targets: Sequence[Targets]) ->
         targets: B of them, with at most P objects each; of the objects of a fuller image, the P that match best.
     """
     named = torch.zeros_like(logits)
+    costs = name_costs(logits)
     found, wanted = [], []
     for image, target in enumerate(targets):
-        patches, objects = match(logits[image], boxes[image], target)
+        patches, objects = match(costs[image], boxes[image], target)
         named[image, patches, target.names[objects]] = 1
         found.append(boxes[image, patches])
         wanted.append(target.boxes[objects])
@@ -53,27 +54,27 @@ def detection_loss(logits: Tensor, boxes: Tensor, targets: Sequence[Targets]) ->
 
 
 @torch.no_grad()
-def match(logits: Tensor, boxes: Tensor, target: Targets) -> tuple[Tensor, Tensor]:
+def name_costs(logits: Tensor) -> Tensor:
+    """What the focal loss of each patch and name changes if the name becomes true; as `logits`, of any shape."""
+    true, false = (sigmoid_focal_loss(logits, torch.full_like(logits, truth), ALPHA, GAMMA) for truth in (1.0, 0.0))
+    return NAME * (true - false)
+
+
+@torch.no_grad()
+def match(costs_of_names: Tensor, boxes: Tensor, target: Targets) -> tuple[Tensor, Tensor]:
     """The patch of each object, so that the sum of their costs is least: int64 [T] and int64 [T].
 
     Args:
-        logits: [P, C].
+        costs_of_names: [P, C], `name_costs` of the logits.
         boxes: [P, 4].
         target: T objects.
 
     Raises:
         ValueError: predictions that are not finite.
     """
-    of_names = logits[:, target.names]
-    # What the focal loss of a patch and a name changes if the name becomes true.
-    costs = NAME * (_focal(of_names, 1.0) - _focal(of_names, 0.0))
-    costs = costs + DISTANCE * torch.cdist(boxes, target.boxes, p=1)
+    costs = costs_of_names[:, target.names] + DISTANCE * torch.cdist(boxes, target.boxes, p=1)
     costs = costs - OVERLAP * generalized_box_iou(boxes, target.boxes)
     if not costs.isfinite().all():
         raise ValueError("the predictions of boxes and names are not finite; expected finite numbers: a smaller --lr")
     patches, objects = linear_sum_assignment(costs.cpu().numpy())
-    return torch.as_tensor(patches, device=logits.device), torch.as_tensor(objects, device=logits.device)
-
-
-def _focal(logits: Tensor, truth: float) -> Tensor:
-    return sigmoid_focal_loss(logits, torch.full_like(logits, truth), ALPHA, GAMMA)
+    return torch.as_tensor(patches, device=boxes.device), torch.as_tensor(objects, device=boxes.device)

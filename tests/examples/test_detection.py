@@ -14,7 +14,7 @@ from torch import Tensor
 from examples.detection.average_precision import predictions
 from examples.detection.command import main
 from examples.detection.heads import DetectionHeads, patch_boxes
-from examples.detection.loss import Targets, detection_loss, match
+from examples.detection.loss import Targets, detection_loss, match, name_costs
 from examples.detection.objects import read_objects
 from examples.detection.training import NAMES_PER_STEP, _names_of_step, _targets
 from sparc_loss.evaluation.dataset import DataError
@@ -78,7 +78,7 @@ images = st.builds(random_image, st.integers(0, 10_000), st.integers(0, 4))
 @given(images)
 def test_no_other_matching_costs_less(image):
     logits, boxes, target = image
-    patches, objects = match(logits, boxes, target)
+    patches, objects = match(name_costs(logits), boxes, target)
     assert sorted(objects.tolist()) == list(range(len(target.names)))
     assert len(set(patches.tolist())) == len(patches)
     found = sum(cost(logits, boxes, target, *pair) for pair in zip(patches.tolist(), objects.tolist(), strict=True))
@@ -95,7 +95,12 @@ def test_the_loss_is_the_sum_over_names_and_matched_boxes(batch):
     found = detection_loss(torch.stack(logits), torch.stack(boxes), targets).item()
     expected = 0.0
     for image in range(len(batch)):
-        pairs = dict(zip(*(each.tolist() for each in match(*batch[image])), strict=True))
+        pairs = dict(
+            zip(
+                *(each.tolist() for each in match(name_costs(logits[image]), boxes[image], targets[image])),
+                strict=True,
+            )
+        )
         for patch in range(PATCHES):
             number = pairs.get(patch)
             name = None if number is None else targets[image].names[number].item()
@@ -111,7 +116,7 @@ def test_of_more_objects_than_patches_some_are_left_out():
     logits, boxes, _ = random_image(0, 0)
     generator = torch.Generator().manual_seed(1)
     target = Targets(random_boxes(PATCHES + 2, generator), torch.zeros(PATCHES + 2, dtype=torch.long))
-    patches, objects = match(logits, boxes, target)
+    patches, objects = match(name_costs(logits), boxes, target)
     assert len(patches) == len(objects) == PATCHES
     assert detection_loss(logits[None], boxes[None], [target]).isfinite()
 
