@@ -39,6 +39,8 @@ def make_captioning_parser() -> ArgumentParser:
 def _caption(args: Namespace) -> Measures:
     words = {word.lower() for word in read_lines(args.nouns_and_adjectives)} if args.nouns_and_adjectives else None
     train, test = read_data(args.train_data, columns=()), read_data(args.test_data, columns=())
+    if len(test.images) < 2:
+        raise ValueError(f"{args.test_data} has {len(test.images)} image; expected two or more, which CIDEr compares")
     references = [[test.captions[caption] for caption in captions] for captions in test.captions_of()]
     backbone = load_backbone(args)
     captioner, vocabulary = train_captioner(backbone, train, **training_settings(args))

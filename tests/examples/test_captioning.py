@@ -243,6 +243,12 @@ class TestCommand:
         assert not backbone.training
         assert all(torch.equal(each, before[name]) for name, each in backbone.state_dict().items())
 
+    def test_one_test_image_is_refused_before_training(self, model, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(self.flags(model, write_scenes(tmp_path, ("red",)), "--steps", "1000000"))
+        assert stopped.value.code == 2
+        assert "pairs.csv has 1 image; expected two or more, which CIDEr compares" in capsys.readouterr().err
+
     def test_a_word_list_that_cannot_be_read_is_one_line_of_error(self, model, tmp_path, capsys):
         flags = self.flags(model, write_scenes(tmp_path), "--nouns-and-adjectives", str(tmp_path / "none.txt"))
         with pytest.raises(SystemExit) as stopped:
