@@ -104,7 +104,9 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) ->
     if not ours and there != DEVICE:
         return func(*args, **kwargs)
     if ours and not moves and there in (None, DEVICE):
-        others = [each for each in tensors if not isinstance(each, Pretended) and each.ndim]
+        # CUDA fetches indices from the CPU by itself.
+        mixed = tree_leaves(args[0]) if func.overloadpacket in INDEXING else tensors
+        others = [each for each in mixed if not isinstance(each, Pretended) and each.ndim]
         if others:
             raise RuntimeError(f"{func} of tensors on two devices, {DEVICE} and {others[0].device}")
     if _waits(func, args, there, kwargs):
@@ -126,7 +128,8 @@ def _waits(func: Any, args: Any, there: torch.device | None, kwargs: dict[str, A
     if packet in WAITING:
         return True
     if packet in INDEXING:
-        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+        indices = [each for each in args[1] if each is not None]
+        return any(each.dtype in (torch.bool, torch.uint8) or not isinstance(each, Pretended) for each in indices)
     if packet is aten.repeat_interleave:
         return kwargs.get("output_size") is None
     if packet is aten._to_copy and there is not None:
