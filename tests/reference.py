@@ -163,10 +163,16 @@ def image_contrastive(
     return math.fsum(terms) / (max(len(terms), 1) if reduction == "token" else batch)
 
 
+# Cosines that are no further apart tie.
+TIE = 1e-6
+
+
 def alignment_diagnostics(
     weights: np.ndarray, patch_features: np.ndarray, token_features: np.ndarray, counts: np.ndarray, usable: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    """Each metric as the (lowest, highest) value it may have: where two cosines tie, either may be the nearest.
+    """Each metric as the (lowest, highest) value it may have: rounding decides whether two cosines just tie.
+
+    A tie is a miss.
 
     Args:
         weights: [B, L, P], of Eq. 4.
@@ -187,8 +193,8 @@ def alignment_diagnostics(
                 [cosine(groups[k], tokens[j]) for k in members if k != j],
             ):
                 nearest = max(others, default=-2.0)
-                surely.append(own > nearest + 1e-9)
-                possibly.append(own > nearest - 1e-9)
+                surely.append(own > nearest + TIE + 1e-9)
+                possibly.append(own > nearest + TIE - 1e-9)
             shares = [float(weights[b, j, p]) for p in range(weights.shape[2]) if usable[b, j, p]]
             kept.append(sum(share > 0 for share in shares) / len(shares))
             entropy = -math.fsum(share * math.log(share) for share in shares if share > 0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparc_loss import SparcLoss
 from sparc_loss._masks import usable_patches, valid_tokens
+from sparc_loss._nearest import own_is_nearest
 from sparc_loss.diagnostics import DIAGNOSED_PAIRS, NAMES, alignment_diagnostics
 from sparc_loss.losses import FilipLoss
 
@@ -54,6 +55,11 @@ def test_tokens_that_find_their_own_patch_are_all_right_and_keep_it_alone() -> N
     assert {name: value.item() for name, value in values.items()} == pytest.approx(
         {"fine_grained_accuracy": 1, "patches_kept": 1 / 3, "alignment_entropy": 0}
     )
+
+
+def test_cosines_less_than_a_millionth_apart_tie_and_a_tie_is_a_miss() -> None:
+    cosine = torch.tensor([[[0.5, 0.5 - 9e-7], [0.5 - 2e-6, 0.5]]], dtype=torch.float64)
+    assert own_is_nearest(cosine, torch.ones(1, 2, dtype=torch.bool)).tolist() == [[False, True]]
 
 
 def test_tokens_that_see_all_patches_alike_keep_all_of_them() -> None:
