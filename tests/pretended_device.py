@@ -98,9 +98,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) ->
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     ours = [each for each in tensors if isinstance(each, Pretended)]
     there = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    moves = func.overloadpacket is aten._to_copy and there is not None
-    if func.overloadpacket is aten.copy_:
-        moves = True  # between devices, as CUDA does
+    copies = func.overloadpacket is aten.copy_
+    moves = copies or (func.overloadpacket is aten._to_copy and there is not None)
     if not ours and there != DEVICE:
         return func(*args, **kwargs)
     if ours and not moves and there in (None, DEVICE):
@@ -117,7 +116,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) ->
 
     given = {**kwargs, "device": torch.device("cpu")} if there is not None else kwargs
     result = func(*tree_map(taken, args), **tree_map(taken, given))
-    if there is not None and there != DEVICE:
+    if (there is not None and there != DEVICE) or (copies and not isinstance(args[0], Pretended)):
         return result
     wrapped = tree_map(lambda each: Pretended(each) if isinstance(each, Tensor) else each, result)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
@@ -132,6 +131,9 @@ def _waits(func: Any, args: Any, there: torch.device | None, kwargs: dict[str, A
         return any(each.dtype in (torch.bool, torch.uint8) or not isinstance(each, Pretended) for each in indices)
     if packet is aten.repeat_interleave:
         return kwargs.get("output_size") is None
+    if packet is aten.copy_:
+        between = len({isinstance(each, Pretended) for each in args[:2]}) == 2
+        return between and not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     if packet is aten._to_copy and there is not None:
         # To the CPU the host waits for the values; from there, for the copy, unless told not to.
         return (there != DEVICE) or not (kwargs.get("non_blocking") or isinstance(args[0], Pretended))

@@ -231,6 +231,8 @@ class TestTheDeviceItself:
             lambda tensor: tensor.repeat_interleave(tensor.long()),
             lambda tensor: tensor[torch.arange(2)],
             lambda tensor: torch.ones(2).to(tensor.device),
+            lambda tensor: tensor.copy_(torch.ones(4)),
+            lambda tensor: torch.ones(4).copy_(tensor),
         ],
     )
     def test_it_counts_what_makes_the_host_wait(self, read):
