@@ -11,7 +11,7 @@ from sparc_loss.evaluation.image_batches import image_batches
 
 from ..downstream.backbone import Backbone
 from .heads import DetectionHeads
-from .objects import DetectionData
+from .objects import DetectionData, as_tensors
 
 # COCO scores the 100 predictions of an image that are most certain.
 PREDICTIONS = 100
@@ -49,11 +49,8 @@ def average_precision(
         logits, boxes = heads(backbone.patches(batch.whole), embeddings)
         for image, index in enumerate(batch.indices):
             pixels = torch.tensor(batch.sizes[image]).flip(0).repeat(2)
-            objects = data.objects[index]
-            target = {
-                "boxes": torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4),
-                "labels": torch.tensor([names.index(name) for name, _ in objects], dtype=torch.long),
-            }
+            true, numbers = as_tensors(data.objects[index], names)
+            target = {"boxes": true, "labels": numbers}
             metric.update([predictions(logits[image].cpu(), boxes[image].cpu() * pixels)], [target])
     result = metric.compute()
     of_names = dict(zip(result["classes"].tolist(), result["map_per_class"].tolist(), strict=True))

@@ -1,7 +1,11 @@
 """The objects of a CSV, image by image, and their names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from sparc_loss.evaluation.dataset import DataError, read_data
 from sparc_loss.named_objects import Box
@@ -26,6 +30,13 @@ class DetectionData:
     def names(self) -> list[str]:
         """Every name, sorted."""
         return sorted({name for objects in self.objects for name, _ in objects})
+
+
+def as_tensors(objects: Objects, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The boxes [T, 4], in pixels, and the names int64 [T] as places in `names`."""
+    number = {name: place for place, name in enumerate(names)}
+    boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
+    return boxes, torch.tensor([number[name] for name, _ in objects], dtype=torch.long)
 
 
 def read_objects(path: str) -> DetectionData:

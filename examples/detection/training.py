@@ -10,7 +10,7 @@ from ..downstream.backbone import Backbone
 from ..downstream.optimisation import Optimisation, training_order
 from .heads import DetectionHeads
 from .loss import Targets, detection_loss
-from .objects import DetectionData, Objects
+from .objects import DetectionData, Objects, as_tensors
 
 # In a step, the names of the batch and others drawn at random, as OWL-ViT draws negative names.
 NAMES_PER_STEP = 256
@@ -66,7 +66,6 @@ def _names_of_step(objects: Sequence[Objects], names: Sequence[str], generator: 
 def _targets(objects: Objects, size: tuple[int, int], names: Sequence[str], device: torch.device) -> Targets:
     """The objects of an image of `size` (height and width in pixels), their names as places in `names`."""
     height, width = size
-    boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
+    boxes, numbers = as_tensors(objects, names)
     shares = (boxes / torch.tensor([width, height, width, height])).clamp(0, 1)
-    numbers = torch.tensor([names.index(name) for name, _ in objects], dtype=torch.long)
     return Targets(shares.to(device), numbers.to(device))
