@@ -1,6 +1,5 @@
 """What the commands `examples.detection` and `examples.captioning` share: flags, checks, errors in one line, JSON."""
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -45,7 +44,9 @@ def run_command(parser: ArgumentParser, argv: Sequence[str] | None, work: Callab
         complete_from_run(parser.prog, args)
         measures = work(args)
         if args.output:
-            write_json(Path(args.output), record_of(args, measures))
+            arguments = {name: value for name, value in vars(args).items() if name != "output"}
+            record = {"sparc_loss": __version__, "arguments": arguments, "measures": measures}
+            write_json(Path(args.output), record)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -59,19 +60,6 @@ def run_command(parser: ArgumentParser, argv: Sequence[str] | None, work: Callab
 def training_settings(args: Namespace) -> dict[str, Any]:
     """The flags that the training of every head takes, as keyword arguments."""
     return {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed", "workers")}
-
-
-def record_of(args: Namespace, measures: Measures) -> dict[str, Any]:
-    """What is written as JSON."""
-    return {"sparc_loss": __version__, "arguments": arguments_of(args), "measures": measures}
-
-
-def arguments_of(args: Namespace) -> dict[str, Any]:
-    """The flags, as JSON gives them back."""
-    known: dict[str, Any] = json.loads(
-        json.dumps({name: value for name, value in vars(args).items() if name != "output"})
-    )
-    return known
 
 
 def _check(args: Namespace) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,8 @@ from sparc_loss.evaluation.markdown import markdown_table
 
 from ..captioning.command import main as captioning
 from ..detection.command import main as detection
-from ..study.plan import SIZES, Run, Size, final_runs
+from ..study.plan import SIZES, Run, Size, file_name, final_runs
+from ..study.report import machine
 from ..study.study import prepare, run_all
 from ..study.training import Folders
 from .scenes import write_downstream_data
@@ -158,7 +158,6 @@ def _spread(figures: Sequence[float | None]) -> str:
 
 def summary(records: Records, size: Size) -> dict[str, Any]:
     """What is written as JSON: the machine, and the figures and the seconds of every run."""
-    machine = {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
     runs = [
         {
             "task": job.task.name,
@@ -168,7 +167,7 @@ def summary(records: Records, size: Size) -> dict[str, Any]:
         }
         for job, record in records
     ]
-    return {"machine": machine, "device": size.device, "runs": runs}
+    return {"machine": machine(), "device": size.device, "runs": runs}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -210,8 +209,7 @@ def _jobs(folders: Folders, backbones: Sequence[Run], seeds: int, size: str) -> 
     jobs = []
     for task in TASKS:
         for (row, seed), pretrained in weights.items():
-            row_name = "".join(letter if letter.isalnum() else "-" for letter in row.lower())
-            output = folders.root / "downstream" / f"{task.name}-{row_name}-seed{seed}.json"
+            output = folders.root / "downstream" / f"{task.name}-{file_name(row)}-seed{seed}.json"
             values = {
                 "model": f"local-dir:{folders.model('mean', seed)}",
                 **pretrained,
@@ -222,7 +220,6 @@ def _jobs(folders: Folders, backbones: Sequence[Run], seeds: int, size: str) -> 
                 "seed": seed,
                 "workers": 0,
                 "device": SIZES[size].device,
-                "output": output,
             }
             flags = tuple(part for name, value in values.items() for part in (f"--{name}", str(value)))
             jobs.append(Job(task, row, seed, flags + task.flags, output))
@@ -248,9 +245,8 @@ def _run(jobs: Sequence[Job], workers: int) -> None:
 def _run_one(job: Job) -> str:
     began = time.monotonic()
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        COMMANDS[job.task.command](job.flags)
-    record = json.loads(job.output.read_text(encoding="utf-8"))
-    write_json(job.output, {**record, "flags": job.flags, "seconds": time.monotonic() - began})
+        measures = COMMANDS[job.task.command](job.flags)
+    write_json(job.output, {"flags": job.flags, "seconds": time.monotonic() - began, "measures": measures})
     return job.output.stem
 
 

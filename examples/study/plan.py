@@ -197,9 +197,8 @@ class Run:
     @property
     def name(self) -> str:
         """A file name of its own for each run."""
-        variant = "".join(letter if letter.isalnum() else "-" for letter in self.variant.lower())
         tuned = "".join(f"-{value}" for _, value in self.settings) if self.variant.startswith("tune") else ""
-        return f"{self.pooling}-{self.start}-{variant}{tuned}-seed{self.seed}"
+        return f"{self.pooling}-{self.start}-{file_name(self.variant)}{tuned}-seed{self.seed}"
 
     @property
     def origin(self) -> "Run | None":
@@ -215,6 +214,11 @@ class Run:
     def cost(self) -> float:
         """Of a step, in CLIP's."""
         return FAMILIES.get(self.family, 1.0)
+
+
+def file_name(row: str) -> str:
+    """The name of a row as a part of a file's name."""
+    return "".join(letter if letter.isalnum() else "-" for letter in row.lower())
 
 
 def clip_run(pooling: Pooling, seed: int) -> Run:

@@ -55,7 +55,7 @@ def write_report(
     """Write study.json, tables.md and a plot per measure into `folder`; returns the tables."""
     tables = markdown_tables(results)
     record = {
-        "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine(),
         "size": dict(size),
         "chosen": {family: dict(settings) for family, settings in chosen.items()},
         "runs": [
@@ -77,6 +77,11 @@ def write_report(
         if all(measure in result["test"] for result in results.values()):
             draw(measure, results, folder / f"{measure}.png")
     return tables
+
+
+def machine() -> dict[str, str]:
+    """What the figures were made with."""
+    return {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
 
 
 def _five_digits(value: Any) -> Any:
