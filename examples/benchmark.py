@@ -1,6 +1,7 @@
 """What the fine-grained loss costs: operations, memory and time, beside what people write and beside a training step.
 
-Then what evaluation on voc20 costs beside the model's forward, what boxes cost the loader, how soon commands answer.
+Then, on a GPU, what the objectives add to a step of ViT-B/16; and what evaluation on voc20 costs beside the model's
+forward, what boxes cost the loader, how soon commands answer.
 
     python -m examples.benchmark                       every shape, float32 and bfloat16; minutes on 2 cores
     python -m examples.benchmark --shapes 64,196,77,512 --dtype float32 --repeats 5
@@ -34,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparc_loss import functional, fused
 
+from .model_step import model_steps, show_model_steps
 from .regions_speed import regions_speed, show_regions_speed
 from .segmentation_speed import segmentation_speed, show_segmentation_speed
 from .start_up import show_start_up, start_up
@@ -436,6 +438,9 @@ def main(arguments: list[str] | None = None) -> None:
             rows = measure(each, dtype, options.repeats, not options.no_compile, options.device)
             results["losses"] += rows
             show(rows)
+    if options.device == "cuda":
+        results["model_steps"] = model_steps()
+        show_model_steps(results["model_steps"])
     results["table11"] = update_steps()
     show_update_steps(results["table11"])
     if options.images:

@@ -28,7 +28,7 @@ from ..captioning.command import main as captioning
 from ..detection.command import main as detection
 from ..study.plan import SIZES, Run, Size, file_name, final_runs
 from ..study.report import machine
-from ..study.study import prepare, run_all
+from ..study.study import prepare, read_settings, run_all
 from ..study.training import Folders
 from .scenes import write_downstream_data
 
@@ -189,8 +189,7 @@ def _backbones(folders: Folders, seeds: int) -> list[Run]:
     for row, plan in BACKBONES.items():
         own = folders.root / plan / "study.json"
         path = own if own.exists() else _COMMITTED / plan / "study.json"
-        chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-        runs = final_runs({family: tuple(each.items()) for family, each in chosen.items()}, plan, seeds)
+        runs = final_runs(read_settings(path), plan, seeds)
         found += [run for run in runs if (run.variant, run.start, run.pooling) == (row, "scratch", "mean")]
     return found
 

@@ -62,7 +62,7 @@ def write_dataset(
         folder: must not exist.
         sizes: scenes per split.
         seed: of everything.
-        workers: processes; None is one per core, at most 4. The files do not depend on it.
+        workers: processes; None is one per core. The files do not depend on it.
         world: a key of `worlds.WORLDS`.
 
     Returns:
@@ -81,7 +81,7 @@ def write_dataset(
                 f"sizes has {split!r}: {size}; expected splits {', '.join(SPLITS)}, 1 or more scenes each"
             )
     with drafted(folder) as draft:
-        _write_splits(draft, folder, sizes, seed, workers or min(4, os.cpu_count() or 1), world)
+        _write_splits(draft, folder, sizes, seed, workers or os.cpu_count() or 1, world)
         (draft / _WORLD).write_text(f"{world}\n", encoding="utf-8")
     return folder
 

@@ -47,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare(folders, size, arguments.world)
 
     workers = arguments.workers or (os.cpu_count() if size.device == "cpu" else 1)
-    tuning = [clip_run("mean", TUNING_SEED), *tuning_runs(arguments.plan)]
-    chosen = choose_settings(run_all(tuning, size, folders, workers))
+    if arguments.settings_of:
+        chosen = read_settings(arguments.settings_of)
+    else:
+        tuning = [clip_run("mean", TUNING_SEED), *tuning_runs(arguments.plan)]
+        chosen = choose_settings(run_all(tuning, size, folders, workers))
     results = run_all(final_runs(chosen, arguments.plan, arguments.seeds), size, folders, workers)
     report = folders.root / arguments.plan
     report.mkdir(exist_ok=True)
@@ -110,6 +113,12 @@ def choose_settings(results: Mapping[Run, Mapping[str, Any]]) -> dict[str, tuple
     return chosen
 
 
+def read_settings(path: Path) -> dict[str, tuple[tuple[str, Any], ...]]:
+    """Family -> the settings that another study chose, from its study.json."""
+    chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+    return {family: tuple(settings.items()) for family, settings in chosen.items()}
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,6 +132,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--world", choices=WORLDS, default="digits", help="what the scenes show (%(default)s)")
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of the plan")
+    parser.add_argument(
+        "--settings-of",
+        type=Path,
+        metavar="FILE",
+        help="the study.json of another study, whose settings to take in place of choosing",
+    )
     parser.add_argument("--size", choices=SIZES, default="cpu", help="%(default)s takes about 80 minutes on 2 cores")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="runs/study-SIZE, or runs/study-WORLD-SIZE")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at a time (one per core; one on a GPU)")

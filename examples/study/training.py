@@ -70,14 +70,17 @@ def execute(run: Run, size: Size, folders: Folders) -> dict[str, Any]:
         add_heads(model, f"{run.family}_heads", HEADS[run.family])
     model.to(size.device)
 
+    if size.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as open_clip's training has it
     images = _training_images(folders.data)
     texts = tokenizer(read_captions(folders.data, "train"))
     regions = _regions(
         read_world(folders.data),
         round(run.boxes * len(images)),
-        model.encode_patches(images[:1].float())[1],
+        model.encode_patches(images[:1].float().to(size.device))[1],
         texts.shape[1],
     )
+    images, texts = images.to(size.device), texts.to(size.device)
     loss = train(model, make_loss(run), run, size, images, texts, preprocess.transforms[-1], regions)
 
     folders.weights(run).parent.mkdir(exist_ok=True)
@@ -116,8 +119,8 @@ def train(
     """Train in place, as open_clip_train does: AdamW, warm-up, cosine decay, the scale at most 100.
 
     Args:
-        images: uint8 [N, 3, H, W].
-        texts: token ids [N, L].
+        images: uint8 [N, 3, H, W], on the size's device.
+        texts: token ids [N, L], there too.
         normalize: takes floating-point images in [0, 1].
         regions: bool [M, L, P], what the tokens of the first M pairs may use.
 
@@ -133,7 +136,7 @@ def train(
     for step, batch in zip(range(steps), _batches(len(images), size.batch_size, run.seed), strict=False):
         loss.fine_grained_weight = weight if step >= begin else 0.0
         loss.progress = step / steps
-        outputs = model(normalize(images[batch].float() / 255).to(size.device), texts[batch].to(size.device))
+        outputs = model(normalize(images[batch].float() / 255), texts[batch])
         if run.shuffled:
             outputs["patch_features"] = outputs["patch_features"].roll(1, dims=0)
         if regions is not None:
@@ -145,8 +148,8 @@ def train(
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        losses.append(value.item())
-    last = losses[-max(1, steps // 10) :]
+        losses.append(value.detach())
+    last = torch.stack(losses[-max(1, steps // 10) :]).tolist()
     return sum(last) / len(last)
 
 
