@@ -431,6 +431,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # as open_clip_train.main does
     results: dict = {"machine": machine(options.device), "losses": []}
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()), f"of {os.cpu_count()} cores")
     for dtype in options.dtype:

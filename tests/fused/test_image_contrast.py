@@ -1,11 +1,11 @@
 """The fused contrast with other images is `functional`'s in value and gradient, and costs 1 + K alignments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from strategies import Batch, batches
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparc_loss import SparcLoss, functional, fused
 from sparc_loss.functional import ALIGNMENTS, DIRECTIONS, REDUCTIONS
-from sparc_loss.fused import groups, image_contrast
+from sparc_loss.fused import groups, highest_patch, highest_patch_by_image, image_contrast
 from sparc_loss.fused.groups import caption_slices
 
 NAMES = ("patch_features", "token_features", "logit_scale")
@@ -308,6 +308,57 @@ def test_the_highest_patch_alone_costs_one_product_an_image() -> None:
     assert [flops(threshold) / product for threshold in (1.0, 0.5)] == [1, 6]
     # All scores come before any gradient: which patch was the highest is remembered, weights are computed again.
     assert [flops(threshold, direction="both") / product for threshold in (1.0, 0.5)] == [1, 8]
+
+
+@pytest.fixture
+def as_on_a_device() -> Iterator[None]:
+    """A threshold of 1 is computed as where asking the device would wait."""
+    by_image = highest_patch_by_image.highest_patch_loss_and_gradients
+    with mock.patch.object(highest_patch, "highest_patch_loss_and_gradients", by_image):
+        yield
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@given(
+    batches(),
+    st.integers(1, 8),
+    st.sampled_from(DIRECTIONS),
+    st.sampled_from(REDUCTIONS),
+    st.sampled_from([1, 2**11, 2**30]),
+    st.sampled_from([1.0, 0.3]),
+)
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_without_asking_whether_patches_tie_value_and_gradient_are_the_same(
+    batch: Batch, negatives: int, direction: str, reduction: str, chunk_bytes: int, weight: float
+) -> None:
+    batch = batch.but(threshold=1.0, alignment="sparse", reduction=reduction)
+    assume(not _different_patches_tie(batch))
+    options = {"image_negatives": negatives, "direction": direction}
+    expected = loss_and_gradients(functional, batch, weight, **options)
+    assert_same(loss_and_gradients(fused, batch, weight, **options, chunk_bytes=chunk_bytes), expected, 1e-9)
+
+
+def _different_patches_tie(batch: Batch) -> bool:
+    """Whether a token has two highest patches that differ: there the loss has a step."""
+    similarity = torch.einsum("ild,jpd->iljp", batch.token_features, batch.patch_features)
+    ends = similarity.aminmax(dim=-1, keepdim=True)
+    return ((similarity > ends.max - 1e-9 * (1 + ends.max - ends.min)).sum(dim=-1) > 1).any().item()
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_without_asking_patches_that_are_equal_share_the_weight() -> None:
+    batch = random_batch([4, 2, 3], 6, 4, 5).but(threshold=1.0)
+    batch.patch_features[1, 3] = batch.patch_features[1, 0] = 9 * batch.token_features[1, 0]
+    options = {"image_negatives": 2, "direction": "both"}
+    assert_same(loss_and_gradients(fused, batch, **options), loss_and_gradients(functional, batch, **options), 1e-10)
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_without_asking_four_products_are_left_of_eight() -> None:
+    batch = random_batch([5] * 8, 20, 5, 16, torch.float32).but(threshold=1.0)
+    with FlopCounterMode(display=False) as counter:
+        loss_and_gradients(fused, batch, image_negatives=3, direction="both")
+    assert counter.get_total_flops() == 4 * 2 * 4 * 8 * 5 * 20 * 16
 
 
 # The choice in SparcLoss

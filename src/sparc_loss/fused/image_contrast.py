@@ -42,11 +42,11 @@ from sparc_loss.functional import (
     Reduction,
     available_negatives,
 )
+from sparc_loss.fused import highest_patch, highest_patch_by_image
 from sparc_loss.fused.alignment import unit_and_norm, usable_patches_of, weights_and_gradient
 from sparc_loss.fused.contrast import contrast
 from sparc_loss.fused.function import Gradients, fused_loss
 from sparc_loss.fused.groups import Group, Settings, groups_of
-from sparc_loss.fused.highest_patch import highest_patch_loss_and_gradients
 
 
 # As for the fine-grained loss, torch.compile breaks its graph here.
@@ -102,10 +102,12 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """See `fused.function.LossAndGradients`; `images` is 1 + K."""
     alignment = settings.alignment
-    if alignment.alignment == "sparse" and alignment.threshold == 1 and patch_features.device.type == "cpu":
+    if alignment.alignment == "sparse" and alignment.threshold == 1:
         masks = valid_tokens, patch_mask, region_mask
-        features = patch_features, token_features, logit_scale
-        result = highest_patch_loss_and_gradients(*features, *masks, settings, wanted, weight, images, direction)
+        arguments = patch_features, token_features, logit_scale, *masks, settings, wanted, weight, images, direction
+        if patch_features.device.type != "cpu":
+            return highest_patch_by_image.highest_patch_loss_and_gradients(*arguments)
+        result = highest_patch.highest_patch_loss_and_gradients(*arguments)
         if result is not None:
             return result
     device, dtype = patch_features.device, full_precision_dtype(patch_features, token_features)
