@@ -44,7 +44,7 @@ BACKBONES = {
 UNTRAINED = "untrained"
 SEEDS = 3
 STEPS = {
-    "cpu": {"detection": 500, "captioning": 300},
+    "cpu": {"detection": 300, "captioning": 200},
     "gpu": {"detection": 5_000, "captioning": 5_000},
     "tiny": {"detection": 2, "captioning": 2},
 }

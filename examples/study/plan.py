@@ -157,6 +157,7 @@ class Size:
     warmup: int = 50
     width: int = 96
     vision_layers: int = 2
+    learning_rate: float = 1.0  # times LEARNING_RATES
     device: str = "cpu"
 
     def steps(self, run: "Run") -> int:

@@ -128,7 +128,8 @@ def train(
         The mean loss of the last tenth of the steps.
     """
     steps = size.steps(run)
-    optimizer = torch.optim.AdamW(_parameter_groups(model), lr=LEARNING_RATES[run.start], betas=(0.9, 0.98), eps=1e-6)
+    learning_rate = size.learning_rate * LEARNING_RATES[run.start]
+    optimizer = torch.optim.AdamW(_parameter_groups(model), lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(step, steps, size.warmup))
     weight, begin = loss.fine_grained_weight, round(run.delay * steps)
     model.train()
