@@ -4,9 +4,9 @@ import torch
 
 from sparc_loss.evaluation.dataset import EvaluationData
 from sparc_loss.evaluation.faithfulness import caption_words
-from sparc_loss.evaluation.image_batches import image_batches
 
 from ..downstream.backbone import Backbone
+from ..downstream.embedded_batches import embedded_batches
 from ..downstream.optimisation import Optimisation, training_order
 from .decoder import Captioner
 from .vocabulary import Vocabulary
@@ -27,14 +27,11 @@ def train_captioner(
     captions_of = data.captions_of()
     generator = torch.Generator().manual_seed(seed)
     order = training_order(len(data.images), steps, batch_size, seed)
-    for batch in image_batches(backbone.model, data.images, batch_size, workers, own=False, order=order):
-        assert batch.whole is not None
+    for batch in embedded_batches(backbone, data.images, order, batch_size, workers):
         chosen = [
             captions_of[image][int(torch.randint(len(captions_of[image]), (), generator=generator))]
             for image in batch.indices
         ]
         ids = vocabulary.encode([data.captions[caption] for caption in chosen], length).to(backbone.device)
-        with torch.no_grad():
-            patches = backbone.patches(batch.whole)
-        optimisation.step(captioner(patches, ids))
+        optimisation.step(captioner(batch.patches, ids))
     return captioner.eval(), vocabulary

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sparc_loss.evaluation.image_batches import image_batches
-
 from ..downstream.backbone import Backbone
+from ..downstream.embedded_batches import embedded_batches
 from ..downstream.optimisation import Optimisation, training_order
 from .heads import DetectionHeads
 from .loss import Targets, detection_loss
@@ -42,15 +41,14 @@ def train_heads(
     embeddings = dict(zip(data.names, backbone.names(data.names), strict=True))
     generator = torch.Generator().manual_seed(seed)
     order = training_order(len(data.images), steps, batch_size, seed)
-    for batch in image_batches(backbone.model, data.images, batch_size, workers, own=False, order=order):
+    for batch in embedded_batches(backbone, data.images, order, batch_size, workers, frozen=not fine_tune):
         objects = [data.objects[index] for index in batch.indices]
         chosen = _names_of_step(objects, data.names, generator)
         targets = [
             _targets(named, size, chosen, backbone.device) for named, size in zip(objects, batch.sizes, strict=True)
         ]
-        assert batch.whole is not None
         names = torch.stack([embeddings[name] for name in chosen])
-        logits, boxes = heads(backbone.patches(batch.whole), names)
+        logits, boxes = heads(batch.patches, names)
         optimisation.step(detection_loss(logits, boxes, targets))
     return heads.eval()
 

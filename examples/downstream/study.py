@@ -46,6 +46,7 @@ SEEDS = 3
 STEPS = {
     "cpu": {"detection": 300, "captioning": 200},
     "gpu": {"detection": 5_000, "captioning": 5_000},
+    "gpu-short": {"detection": 300, "captioning": 200},
     "tiny": {"detection": 2, "captioning": 2},
 }
 LEARNING_RATES = {"detection": 5e-3, "captioning": 2e-3}
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     size = SIZES[arguments.size]
     if size.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--size gpu needs a GPU that torch can use; none is found")
+        raise SystemExit(f"--size {arguments.size} needs a GPU that torch can use; none is found")
     folders = Folders((arguments.output or Path("runs") / f"study-{arguments.size}").resolve())
     workers = arguments.workers or (os.cpu_count() if size.device == "cpu" else 1) or 1
     prepare(folders, size)

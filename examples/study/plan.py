@@ -164,9 +164,18 @@ class Size:
         return round(run.time * (self.scratch_steps if run.start == "scratch" else self.warm_steps))
 
 
+_ON_A_GPU: dict[str, Any] = {
+    "batch_size": 256,
+    "warmup": 500,
+    "width": 256,
+    "vision_layers": 6,
+    "learning_rate": 0.5,
+    "device": "cuda",
+}
 SIZES = {
     "cpu": Size(),
-    "gpu": Size(200_000, 2_000, 6_000, 2_000, batch_size=256, warmup=500, width=256, vision_layers=6, device="cuda"),
+    "gpu": Size(200_000, 2_000, 6_000, 2_000, **_ON_A_GPU),
+    "gpu-short": Size(20_000, 500, 625, 250, **_ON_A_GPU),  # minutes
     "tiny": Size(scenes=128, held_out=20, scratch_steps=3, warm_steps=2, batch_size=16, warmup=1),
 }
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = SIZES[arguments.size]
     size = replace(size, scratch_steps=size.scratch_steps * WORLDS[arguments.world].patience)
     if size.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--size gpu needs a GPU that torch can use; none is found")
+        raise SystemExit(f"--size {arguments.size} needs a GPU that torch can use; none is found")
     folders = Folders((arguments.output or _default_folder(arguments.world, arguments.size)).resolve())
     prepare(folders, size, arguments.world)
 

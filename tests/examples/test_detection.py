@@ -10,13 +10,17 @@ from easy_scenes import SQUARES, write_scenes, write_untrained
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from examples.detection.average_precision import predictions
-from examples.detection.command import main
+from examples.detection.command import main, make_detection_parser
 from examples.detection.heads import DetectionHeads, patch_boxes
 from examples.detection.loss import Targets, detection_loss, match, name_costs
 from examples.detection.objects import read_objects
 from examples.detection.training import NAMES_PER_STEP, _names_of_step, _targets
+from examples.downstream import embedded_batches as embedded_batches_module
+from examples.downstream.backbone import Backbone, load_backbone
+from examples.downstream.embedded_batches import embedded_batches
 from sparc_loss.evaluation.dataset import DataError
 
 PATCHES, NAMES = 5, 3
@@ -214,6 +218,27 @@ class TestCommand:
     def test_where_every_name_had_a_box_there_is_no_figure_of_others(self, model, tmp_path):
         train = write_scenes(tmp_path / "train")
         assert main(self.flags(model, train, train, "--steps", "1"))["mAP of names without"] is None
+
+    def test_a_frozen_backbone_embeds_an_image_once_as_far_as_memory_goes(self, model, tmp_path, monkeypatch):
+        args = make_detection_parser().parse_args(self.flags(model, write_scenes(tmp_path / "train"), "unread"))
+        args.precision = "fp32"
+        backbone, paths, order = load_backbone(args), read_objects(args.train_data).images, [0, 3, 1, 4, 3, 0, 5, 1]
+        embedded = []
+
+        def patches(backbone: Backbone, images: Tensor) -> Tensor:
+            embedded.append(len(images))
+            return embed(backbone, images)
+
+        embed = Backbone.patches
+        monkeypatch.setattr(Backbone, "patches", patches)
+        kept = list(embedded_batches(backbone, paths, order, 2, 0))
+        assert embedded == [2, 2, 1]
+        monkeypatch.setattr(embedded_batches_module, "KEPT_BYTES", 0)
+        read_again = list(embedded_batches(backbone, paths, order, 2, 0))
+        for one, other in zip(kept, read_again, strict=True):
+            assert (one.indices, one.sizes) == (other.indices, other.sizes)
+            assert_close(one.patches, other.patches)
+        assert [index for batch in kept for index in batch.indices] == order
 
     def test_the_same_seed_gives_the_same_figures(self, model, tmp_path):
         train = write_scenes(tmp_path / "train")
