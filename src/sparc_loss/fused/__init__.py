@@ -4,7 +4,8 @@
 
 - `fine_grained.py`: the fine-grained loss and the derivation of its gradient.
 - `image_contrast.py`: the contrast with other images, and the derivation of its gradient.
-- `highest_patch.py`: the same where each token has its highest patch alone.
+- `highest_patch.py`: the same where each token has its highest patch alone, on a CPU.
+- `highest_patch_by_image.py`: that on other devices.
 - `contrast.py`: the cross-entropies of both, by captions and by images.
 - `alignment.py`: Eqs. 2 to 5 in place, with their gradient; both losses use it.
 - `groups.py`: batches split into groups of captions of similar length.
