@@ -44,9 +44,9 @@ BACKBONES = {
 UNTRAINED = "untrained"
 SEEDS = 3
 STEPS = {
-    "cpu": {"detection": 300, "captioning": 200},
+    "cpu": {"detection": 300, "captioning": 150},
     "gpu": {"detection": 5_000, "captioning": 5_000},
-    "gpu-short": {"detection": 300, "captioning": 200},
+    "gpu-short": {"detection": 300, "captioning": 150},
     "tiny": {"detection": 2, "captioning": 2},
 }
 LEARNING_RATES = {"detection": 5e-3, "captioning": 2e-3}
