@@ -228,7 +228,8 @@ def _jobs(folders: Folders, backbones: Sequence[Run], seeds: int, size: str) -> 
 
 def _run(jobs: Sequence[Job], workers: int) -> None:
     """Run the jobs whose figures are not there, or are of other flags; each takes one thread."""
-    missing = [job for job in jobs if not _is_done(job)]
+    # The longest first, so that no core waits long at the end.
+    missing = [job for job in reversed(jobs) if not _is_done(job)]
     # Of the processes only: theirs would be drawn over the one below.
     with patch.dict(os.environ, TQDM_DISABLE="1"), tqdm(desc="runs", total=len(missing), unit="run") as progress:
         if not missing:
