@@ -19,7 +19,7 @@ from torch import Tensor
 from sparc_loss._arithmetic import autocast_disabled, full_precision_dtype
 from sparc_loss.functional import Direction
 from sparc_loss.fused.alignment import unit_and_norm
-from sparc_loss.fused.contrast import contrast
+from sparc_loss.fused.contrast import contrast, images_of_captions, share_of_caption
 from sparc_loss.fused.function import Gradients
 from sparc_loss.fused.groups import Settings
 
@@ -51,7 +51,7 @@ def highest_patch_loss_and_gradients(
         if highest is None:
             return None
         flat = patch_features.reshape(batch * patches, dim)
-        others = (torch.arange(batch)[:, None] + torch.arange(images)) % max(batch, 1)
+        others = images_of_captions(batch, images, valid_tokens.device)
         share_of_word = 1 / numbers[captions].to(dtype)
         slices = _slices(len(words), dim, settings.chunk_bytes, dtype.itemsize)
 
@@ -62,9 +62,7 @@ def highest_patch_loss_and_gradients(
                 c_unit = unit_and_norm(flat[highest[part, k]].to(dtype))[0]
                 scores[:, k].index_add_(0, captions[part], (unit * c_unit).sum(dim=-1) * share_of_word[part])
         is_caption = numbers > 0
-        share: Tensor | float = 1 / max(batch, 1)
-        if settings.alignment.reduction == "token":
-            share = 1 / is_caption.sum().clamp(min=1).to(dtype)
+        share = share_of_caption(is_caption, settings.alignment.reduction, dtype)
         without_patch = None if patch_mask is None else ~patch_mask.any(dim=1)[others]
         loss, grad_scores, grad_scale = contrast(scores, scale, is_caption, without_patch, direction, share)
 

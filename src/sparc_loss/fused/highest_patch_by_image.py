@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sparc_loss._arithmetic import autocast_disabled, full_precision_dtype
 from sparc_loss.functional import Direction
-from sparc_loss.fused.alignment import unit_and_norm
-from sparc_loss.fused.contrast import contrast
+from sparc_loss.fused.alignment import unit_and_norm, weights_and_gradient
+from sparc_loss.fused.contrast import contrast, images_of_captions, share_of_caption
 from sparc_loss.fused.function import Gradients
 from sparc_loss.fused.groups import Settings
 
@@ -57,7 +57,8 @@ def highest_patch_loss_and_gradients(
     with autocast_disabled(device):
         for each in slices:
             v, t = each.patches(patch_features, patch_mask, dtype), each.words(token_features, valid_tokens, dtype)
-            highest = _highest(torch.bmm(t, v.mT), each.usable(valid_tokens, patch_mask, region_mask))
+            usable = each.usable(valid_tokens, patch_mask, region_mask)
+            highest = weights_and_gradient(torch.bmm(t, v.mT), usable, settings.alignment)[0] > 0
             is_highest.append(highest)
             unit, c_unit = unit_and_norm(t)[0], unit_and_norm(torch.bmm(_weights(highest, dtype), v))[0]
             of_words = (unit * c_unit).sum(dim=-1) * each.of_captions(share_of_token)
@@ -65,15 +66,9 @@ def highest_patch_loss_and_gradients(
             del v, t, unit, c_unit  # before those of the next slice
 
         is_caption = numbers > 0
-        share: Tensor | float = 1 / max(batch, 1)
-        if settings.alignment.reduction == "token":
-            share = 1 / is_caption.sum().clamp(min=1).to(dtype)
-        without_patch = None
-        if patch_mask is not None:
-            others = (torch.arange(batch, device=device)[:, None] + torch.arange(images, device=device)) % max(
-                batch, 1
-            )
-            without_patch = ~patch_mask.any(dim=1)[others]
+        share = share_of_caption(is_caption, settings.alignment.reduction, dtype)
+        others = images_of_captions(batch, images, device)
+        without_patch = None if patch_mask is None else ~patch_mask.any(dim=1)[others]
         loss, grad_scores, grad_scale = contrast(scores, scale, is_caption, without_patch, direction, share)
 
         grad_scores = grad_scores * weight
@@ -161,20 +156,6 @@ def _slices(
     for start in range(0, batch, size):
         here = torch.arange(start, min(start + size, batch), device=device)
         yield _Slice(slice(start, start + size), (here[:, None] - columns) % batch, columns)
-
-
-def _highest(similarity: Tensor, usable: Tensor | None) -> Tensor:
-    """Which patches have the weight 1, bool [I, M, P]; Eqs. 2 and 3 with a threshold of 1."""
-    if usable is None:
-        lowest, highest = torch.aminmax(similarity, dim=-1, keepdim=True)
-    else:
-        lowest = similarity.masked_fill(~usable, torch.inf).amin(dim=-1, keepdim=True)
-        highest = similarity.masked_fill(~usable, -torch.inf).amax(dim=-1, keepdim=True)
-    spread = highest - lowest
-    flat = spread == 0
-    weights = similarity.sub_(lowest).div_(spread.masked_fill(flat, 1)).masked_fill_(flat, 1)
-    kept = weights >= 1
-    return kept if usable is None else kept & usable
 
 
 def _weights(highest: Tensor, dtype: torch.dtype) -> Tensor:

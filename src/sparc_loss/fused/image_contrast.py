@@ -44,7 +44,7 @@ from sparc_loss.functional import (
 )
 from sparc_loss.fused import highest_patch, highest_patch_by_image
 from sparc_loss.fused.alignment import unit_and_norm, usable_patches_of, weights_and_gradient
-from sparc_loss.fused.contrast import contrast
+from sparc_loss.fused.contrast import contrast, images_of_captions, share_of_caption
 from sparc_loss.fused.function import Gradients, fused_loss
 from sparc_loss.fused.groups import Group, Settings, groups_of
 
@@ -118,12 +118,8 @@ def _loss_and_gradients(
     groups, _ = groups_of(valid_tokens, patch_features.shape, dtype.itemsize, settings, images)
     batch = len(valid_tokens)
     captions = valid_tokens.any(dim=1)
-    share: Tensor | float
-    if settings.alignment.reduction == "token":
-        share = 1 / captions.sum().clamp(min=1).to(dtype)
-    else:
-        share = 1 / max(batch, 1)
-    others = (torch.arange(batch, device=device)[:, None] + torch.arange(images, device=device)) % max(batch, 1)
+    share = share_of_caption(captions, settings.alignment.reduction, dtype)
+    others = images_of_captions(batch, images, device)
     aligned = _Images(patch_features, patch_mask, region_mask, settings.alignment, dtype)
     all_scores = torch.zeros(batch, images, dtype=dtype, device=device)
     loss, grad_scale = torch.zeros_like(scale), torch.zeros_like(scale)
