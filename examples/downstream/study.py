@@ -8,7 +8,6 @@ examples.captioning`. What is there is not done again, so a study that was stopp
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import statistics
 import time
@@ -26,6 +25,7 @@ from sparc_loss.evaluation.markdown import markdown_table
 
 from ..captioning.command import main as captioning
 from ..detection.command import main as detection
+from ..processes import process_pool
 from ..study.plan import SIZES, Run, Size, file_name, final_runs
 from ..study.report import machine
 from ..study.study import prepare, read_settings, run_all
@@ -234,10 +234,7 @@ def _run(jobs: Sequence[Job], workers: int) -> None:
     with patch.dict(os.environ, TQDM_DISABLE="1"), tqdm(desc="runs", total=len(missing), unit="run") as progress:
         if not missing:
             return
-        # Not fork: this process may hold torch's threads, which a fork does not survive.
-        with multiprocessing.get_context("spawn").Pool(
-            min(workers, len(missing)), torch.set_num_threads, (1,)
-        ) as pool:
+        with process_pool(min(workers, len(missing))) as pool:
             for name in pool.imap_unordered(_run_one, missing):
                 progress.update()
                 progress.set_postfix_str(name)

@@ -10,7 +10,6 @@ folder/
 
 import csv
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..processes import process_pool
 from .folders import drafted
 from .scene import Scene, SceneObject, generate_scene
 from .world import SPLITS, Split
@@ -159,8 +159,7 @@ def _run(chunks: list[_Chunk], workers: int) -> Iterator[tuple[list[str], list[S
     if min(workers, len(chunks)) == 1:
         yield from map(_write_images, chunks)
         return
-    # Not fork: the caller may hold torch's threads, which a fork does not survive.
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(chunks))) as pool:
+    with process_pool(min(workers, len(chunks))) as pool:
         yield from pool.imap(_write_images, chunks)
 
 

@@ -6,7 +6,6 @@ Each run takes one thread, as many runs at a time as there are cores, so the fig
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..processes import process_pool
 from ..scenes.dataset import read_captions, read_world, write_dataset
 from ..scenes.model import CONFIG, write_model
 from ..scenes.world import Split
@@ -186,13 +186,8 @@ def _in_processes(
     jobs = [(run, size, folders) for run in longest_first]
     if not jobs:
         return
-    # Not fork: this process may hold torch's threads, which a fork does not survive.
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs)), _one_thread) as pool:
+    with process_pool(min(workers, len(jobs))) as pool:
         yield from pool.imap_unordered(_run_and_write, jobs)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _run_and_write(job: tuple[Run, Size, Folders]) -> tuple[Run, dict[str, Any]]:
