@@ -7,7 +7,8 @@ forward, what boxes cost the loader, how soon commands answer.
     python -m examples.benchmark --shapes 64,196,77,512 --dtype float32 --repeats 5
 
 Operations and bytes are counted and the same on every machine. Times are taken side by side: each round runs every
-implementation once, and a ratio is the median over rounds of two times of one round, with its quartiles.
+implementation once, and a ratio is the median over rounds of two times of one round, with its quartiles. What takes
+long is measured in three rounds.
 
 Prints tables, and writes benchmark.json and benchmark.png (`--output`, runs/benchmark by default).
 """
@@ -44,6 +45,9 @@ from .update_step import Sizes, clip_cost, fine_grained_cost, show_update_steps,
 SHAPES = ["64,196,77,512", "256,196,77,512", "256,49,77,512", "64,576,77,768"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIB = 2**20
+# An implementation that has taken so many seconds is left out of the further rounds, after so many.
+LONGEST = 20.0
+FEWEST_ROUNDS = 3
 
 
 # What is compared: each takes a batch and returns a loss, but for the products, which return gradients
@@ -238,10 +242,12 @@ def allocated_bytes(action: Callable[[], object], device: str = "cpu") -> tuple[
 
 
 def times(named: dict[str, Callable], batch: Batch, repeats: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` steps of each, taken in turns after one to warm up."""
+    """Seconds of `repeats` steps of each, taken in turns after one to warm up; of fewer where they take minutes."""
     taken: dict[str, list[float]] = {name: [] for name in named}
     for repeat in range(repeats + 1):
         for name, loss in named.items():
+            if len(taken[name]) >= FEWEST_ROUNDS and sum(taken[name]) > LONGEST:
+                continue
             synchronize(batch)
             start = time.perf_counter()
             step(loss, batch)
@@ -285,7 +291,8 @@ def measure(shape: tuple[int, int, int, int], dtype: str, repeats: int, compiled
                 "held_bytes": allocated_bytes(partial(loss, batch), device)[1] if has_graph else None,
                 "peak_bytes": peak,
                 "seconds": quartiles(seconds[name]),
-                "times_fused": quartiles([a / b for a, b in zip(seconds[name], seconds["fused"], strict=True)]),
+                "times_fused": quartiles([a / b for a, b in zip(seconds[name], seconds["fused"], strict=False)]),
+                "rounds": len(seconds[name]),
             }
         )
     return rows
@@ -308,6 +315,7 @@ def show(rows: list[dict]) -> None:
         print(
             f"{row['implementation']:29} {counted[0]:>7} {counted[1]:>9} {counted[2]:>8} "
             f"{row['peak_bytes'] / MIB:8.1f} {f'{median:.1f} ({low:.1f}-{high:.1f})':>18} {ratios:>17}"
+            + (f"  {row['rounds']} rounds" if row["rounds"] < first["rounds"] else "")
         )
 
 

@@ -3,10 +3,11 @@
 None of them did better than the recipe; docs/study.md has their figures.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparc_loss import SparcLoss
@@ -21,7 +22,7 @@ from sparc_loss.functional import (
 from sparc_loss.losses.outputs import ModelOutputs
 
 Queries = Literal["words", "captions", "both"]
-Choice = Literal["softmax", "sigmoid", "softmax of each word"]
+Choice = Literal["softmax", "sigmoid", "sigmoid with a bias", "softmax of each word"]
 Images = Literal["next", "most similar"]
 Growth = Literal["none", "weight", "images"]
 
@@ -36,7 +37,8 @@ class CandidateLoss(SparcLoss):
         queries: "words"; "captions", whose embedding is one query with `CAPTION_NEGATIVES` images (FLAIR without its
             parameters); or the sum of both.
         choice: how a caption chooses its image: by a softmax; by a sigmoid of each score, centred at the mean of all
-            scores instead of SigLIP's learned bias; by a softmax of each word (Info-Ground), from text to image.
+            scores instead of SigLIP's learned bias; by the same with a learned bias, which begins at the logit of
+            1 / (1 + K); by a softmax of each word (Info-Ground), from text to image.
         images: the next K of the batch, or the K whose global embeddings are most similar to the caption's, from text
             to image.
         contrast_alignment: of the contrast, see `alignment_weights`.
@@ -62,6 +64,7 @@ class CandidateLoss(SparcLoss):
         self.contrast_alignment = contrast_alignment
         self.contrast_scale = contrast_scale
         self.growth = growth
+        self.bias = nn.Parameter(torch.tensor(-math.log(self.image_negatives))) if choice.endswith("bias") else None
         self.progress = 1.0  # share of the steps that are done; the training loop sets it
 
     def further_terms(self, outputs: ModelOutputs) -> dict[str, Tensor]:
@@ -89,8 +92,10 @@ class CandidateLoss(SparcLoss):
             logits = cosines * scale
             return (logits.logsumexp(dim=1) - logits[:, 0])[valid].mean()
         scores = cosines.where(valid.unsqueeze(1), 0).sum(dim=-1) / valid.sum(dim=-1, keepdim=True).clamp(min=1)
-        if self.choice == "sigmoid":
+        if self.choice.startswith("sigmoid"):
             logits = (scores - scores.mean().detach()) * scale
+            if self.bias is not None:
+                logits = logits + self.bias
             return -(F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1:]).sum(dim=1)).mean()
         logits = scores * scale
         loss = logits.logsumexp(dim=1) - logits[:, 0]

@@ -116,6 +116,7 @@ CANDIDATE_VARIANTS = {
     "softmax over patches": _candidate(contrast_alignment="softmax"),
     "softmax of each word": _candidate(choice="softmax of each word"),
     "sigmoid": _candidate(choice="sigmoid"),
+    "sigmoid, learned bias": _candidate(choice="sigmoid with a bias"),
     "most similar images": _candidate(images="most similar"),
     "1/temperature 10": _candidate(contrast_scale=10.0),
     "1/temperature 30": _candidate(contrast_scale=30.0),

@@ -129,9 +129,10 @@ def train(
     """
     steps = size.steps(run)
     learning_rate = size.learning_rate * LEARNING_RATES[run.start]
-    optimizer = torch.optim.AdamW(_parameter_groups(model), lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, loss), lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(step, steps, size.warmup))
     weight, begin = loss.fine_grained_weight, round(run.delay * steps)
+    loss.to(size.device)
     model.train()
     losses = []
     for step, batch in zip(range(steps), _batches(len(images), size.batch_size, run.seed), strict=False):
@@ -192,9 +193,9 @@ def _batches(number: int, batch_size: int, seed: int):
         yield from torch.randperm(number, generator=generator)[: number - number % batch_size].split(batch_size)
 
 
-def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def _parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
     """Weight decay for matrices only."""
-    parameters = list(model.parameters())
+    parameters = [parameter for module in modules for parameter in module.parameters()]
     return [
         {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
         {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": 0.1},

@@ -1,6 +1,7 @@
 """The benchmark measures what it says, and its deterministic figures keep within their bounds."""
 
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +89,18 @@ def test_allocated_bytes_are_peak_and_kept(benchmark: ModuleType) -> None:
 
 
 # The command
+
+
+def test_what_takes_long_is_measured_in_three_rounds(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = benchmark.make_batch((2, 9, 12, 16), torch.float32)
+
+    def slow(batch: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return benchmark.fused_loss(batch)
+
+    monkeypatch.setattr(benchmark, "LONGEST", 0.5)
+    seconds = benchmark.times({"fused": benchmark.fused_loss, "slow": slow}, batch, repeats=6)
+    assert {name: len(each) for name, each in seconds.items()} == {"fused": 6, "slow": 3}
 
 
 def test_quick_prints_its_tables_and_writes_figures_and_plot(

@@ -1,6 +1,7 @@
 """The study: its plan, one run, its order, its choice of settings and its report."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -253,6 +254,10 @@ class TestCures:
         [
             ({"choice": "softmax of each word"}, lambda words, _: mean(-softmax(one)[0].log() for one in words)),
             ({"choice": "sigmoid"}, lambda words, scores: mean(map(sigmoid_loss, scores - scores.mean()))),
+            (
+                {"choice": "sigmoid with a bias"},
+                lambda words, scores: mean(map(sigmoid_loss, scores - scores.mean() - math.log(2))),
+            ),
             ({"contrast_scale": 30.0}, lambda words, scores: mean(-softmax(3 * one)[0].log() for one in scores)),
             ({"growth": "weight"}, lambda words, scores: mean(-softmax(one)[0].log() for one in scores) / 4),
             ({"growth": "images"}, lambda words, scores: mean(-softmax(one[:2])[0].log() for one in scores)),
