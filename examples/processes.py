@@ -3,14 +3,21 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.pool import Pool
 
 import torch
 
 
-def process_pool(workers: int) -> Pool:
+@contextmanager
+def process_pool(workers: int) -> Iterator[Pool]:
     """So many processes; they begin as new ones, because a fork does not survive the threads that torch holds."""
-    return multiprocessing.get_context("spawn").Pool(workers, _begin)
+    with multiprocessing.get_context("spawn").Pool(workers, _begin) as pool:
+        yield pool
+        # Else they are killed, before they have cleaned up.
+        pool.close()
+        pool.join()
 
 
 def _begin() -> None:

@@ -13,17 +13,33 @@ from examples.processes import process_pool
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
+import multiprocessing
 import time
 from examples.processes import process_pool
 
-def work(_):
+lock = multiprocessing.Lock()
+
+def work(seconds):
     print("working", flush=True)
-    time.sleep(300)
+    time.sleep(seconds)
 
 if __name__ == "__main__":
     with process_pool(2) as pool:
-        pool.map(work, range(2))
+        pool.map(work, [{seconds}] * 2)
 """
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Begins a process with two others that work for so many seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def begin(seconds: int) -> subprocess.Popen:
+        (tmp_path / "script.py").write_text(SCRIPT.format(seconds=seconds), encoding="utf-8")
+        command = [sys.executable, tmp_path / "script.py"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    return begin
 
 
 def test_a_process_has_one_thread():
@@ -31,12 +47,12 @@ def test_a_process_has_one_thread():
         assert pool.apply(torch.get_num_threads) == 1
 
 
-def test_processes_end_when_the_one_that_began_them_is_killed(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    parent = subprocess.Popen(
-        [sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, text=True, env=environment
-    )
+def test_processes_that_are_done_leave_nothing_behind(begin):
+    assert begin(0).communicate() == ("working\n" * 2, "")
+
+
+def test_processes_end_when_the_one_that_began_them_is_killed(begin):
+    parent = begin(300)
     assert parent.stdout is not None
     assert [parent.stdout.readline() for _ in range(2)] == ["working\n"] * 2
     parent.kill()
