@@ -15,13 +15,15 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import multiprocessing
 import time
+from multiprocessing.util import Finalize
 from examples.processes import process_pool
 
-lock = multiprocessing.Lock()
-
 def work(seconds):
+    global lock
+    lock = multiprocessing.Lock()
     print("working", flush=True)
     time.sleep(seconds)
+    Finalize(None, time.sleep, [1], exitpriority=1)  # before the lock is given back
 
 if __name__ == "__main__":
     with process_pool(2) as pool:
