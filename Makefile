@@ -13,7 +13,7 @@ MAIN_TESTS := $(addprefix tests/,open_clip_4 plugins hooks monitoring embeddings
 help:
 	@echo "make train   train CLIP, then SPARC from it, on generated scenes; ends with a table, a picture and a page"
 	@echo "make study   compare every objective on the same scenes; about 80 minutes on 2 cores, and it can be stopped"
-	@echo "make downstream  detect and caption with backbones of the study; up to 37 minutes on 2 cores, and it can be stopped"
+	@echo "make downstream  detect and caption with backbones of the study; up to 60 minutes on 2 cores, and it can be stopped"
 	@echo "make quick   run the tests that start no process and train nothing; about a minute"
 	@echo "make test    run every test that guards a behaviour of its own; about 10 minutes on 2 cores"
 	@echo "make test-all  also the exhaustive ones: all 144 models, every golden case on every path"

@@ -177,7 +177,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, choices=range(1, SEEDS + 1), default=SEEDS, help="(%(default)s)")
     parser.add_argument(
-        "--size", choices=SIZES, default="cpu", help="of the study; %(default)s takes up to 37 minutes on 2 cores"
+        "--size", choices=SIZES, default="cpu", help="of the study; %(default)s takes up to 60 minutes on 2 cores"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the study (runs/study-SIZE)")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at a time (one per core; one on a GPU)")
