@@ -136,6 +136,10 @@ REFUSED = {
         ("--loss", "sparc", "--batch-size", "8", "--accum-freq", "5"),
         "has 32 pairs for 1 process; expected at least --batch-size 8 x --accum-freq 5 for each",
     ),
+    "boxes with a teacher": (
+        ("--loss", "sparc", "--sparc-regions", "boxes", "--distill-model", "RN50", "--distill-pretrained", "openai"),
+        "--distill-model is set; expected it off with --sparc-regions: the teacher takes the texts",
+    ),
     "a checkpoint that is not there": (
         ("--loss", "clip", "--resume", "~/none.pt"),
         "argument --resume: there is no file '~/none.pt'; expected a checkpoint, or latest",
@@ -150,6 +154,21 @@ def test_what_the_flags_tell_is_refused_before_anything_is_written(folder, capsy
         write_model(folder / "uncovered", UNCOVERED)
     flags = [f"local-dir:{folder / 'uncovered'}" if flag == "UNCOVERED" else flag for flag in flags]
     assert message in refused(capsys, folder, "refused", *flags)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "has no pair; expected at least one"),
+        ("0.png\ta dog\nnone.png\ta cat\n", "line 3: there is no file 'none.png'; expected an image"),
+    ],
+    ids=["empty", "missing image"],
+)
+def test_validation_that_would_end_the_first_epoch_is_refused(folder, tmp_path, capsys, monkeypatch, rows, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.png").touch()
+    (tmp_path / "val.csv").write_text(f"filepath\ttitle\n{rows}", encoding="utf-8")
+    assert message in refused(capsys, folder, "refused", "--loss", "sparc", "--val-data", "val.csv")
 
 
 @only_open_clip_3

@@ -5,6 +5,7 @@ With several processes: `torchrun --nproc_per_node 8 -- -m sparc_loss.train --lo
 
 import logging
 import math
+import os
 import pickle
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparc_loss.model_loading import why_not_loaded
 from sparc_loss.open_clip_versions import UntestedVersionError, check_version
@@ -24,6 +26,9 @@ from sparc_loss.plugins.discovery import (
     load_loss,
     registered_losses,
 )
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PROG = "python -m sparc_loss.train"
 
@@ -118,9 +123,13 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
     for flag, path in (("--train-data", args.train_data), ("--val-data", args.val_data)):
         is_csv = args.dataset_type == "csv" or (args.dataset_type == "auto" and str(path).endswith((".csv", ".tsv")))
         if path and is_csv and rank == 0:
-            pairs = _check_csv(parser, args, flag, path)
-            if pairs is not None and flag == "--train-data" and not getattr(args, "use_naflex", False):
-                _check_steps(parser, args, pairs, world_size)
+            table = _check_csv(parser, args, flag, path)
+            if table is None:
+                continue
+            if flag == "--val-data":
+                _check_validation_pairs(parser, args, table)
+            elif not getattr(args, "use_naflex", False):
+                _check_steps(parser, args, len(table), world_size)
     _check_checkpoint(parser, args, log.parent)
     if args.loss_dist_impl in registered_losses():
         # `--los sparc` lands there: argparse takes an unambiguous abbreviation for the whole flag.
@@ -171,16 +180,16 @@ def _with_ranks(args: Namespace) -> Namespace:
     return Namespace(**{**vars(args), **ranks})
 
 
-def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> int | None:
+def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) -> "DataFrame | None":
     """Reject a CSV that training cannot read, and warn of captions that it misreads.
 
     Returns:
-        The number of its pairs; None for an address that cannot be read here: open_clip tries it again.
+        Its rows; None for an address that cannot be read here: open_clip tries it again.
     """
     from sparc_loss.evaluation.pairs_csv import DataError, missing_captions, read_table
 
     is_remote = "://" in path and not path.startswith("file://")
-    if "://" not in path and not Path(path).expanduser().is_file():
+    if "://" not in path and not os.path.isfile(os.path.expanduser(path)):
         parser.error(f"argument {flag}: there is no file {path!r}; expected a CSV file")
     try:
         table = read_table(path, args.csv_separator)
@@ -199,7 +208,21 @@ def _check_csv(parser: ArgumentParser, args: Namespace, flag: str, path: str) ->
     warning = missing_captions(table, path, args.csv_separator, args.csv_caption_key)
     if warning is not None:
         print(f"{PROG}: warning: {warning}", file=sys.stderr)
-    return len(table)
+    return table
+
+
+def _check_validation_pairs(parser: ArgumentParser, args: Namespace, table: "DataFrame") -> None:
+    """Reject validation that would fail after the first epoch, before its checkpoint is written."""
+    from sparc_loss.evaluation.pairs_csv import line_of
+
+    if len(table) == 0:
+        parser.error(f"argument --val-data: {args.val_data} has no pair; expected at least one")
+    for row, image in enumerate(table[args.csv_img_key]):
+        if not os.path.isfile(str(image)):
+            parser.error(
+                f"argument --val-data: {args.val_data}, line {line_of(table, row)}: there is no file {str(image)!r}; "
+                "expected an image"
+            )
 
 
 def _check_steps(parser: ArgumentParser, args: Namespace, pairs: int, world_size: int) -> None:

@@ -83,21 +83,47 @@ def test_a_recipe_is_the_flags_that_it_stands_for():
     assert of_loss("--sparc-recipe", "highest-patches") == HIGHEST_PATCHES
     flags = "--sparc-fine-grained-weight 0.3 --sparc-image-negatives 3 --sparc-image-contrastive-threshold 1.0 "
     flags += "--sparc-image-contrastive-direction both"
-    assert flags_of("highest-patches") == flags
+    assert flags_of(HIGHEST_PATCHES) == flags
     assert of_loss(*flags.split()) == HIGHEST_PATCHES
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_flag_beside_a_recipe_wins_wherever_it_stands(first):
-    recipe, flag = ("--sparc-recipe", "highest-patches"), ("--sparc-image-negatives", "7")
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("image_negatives", 7),
+        ("image_negatives", 0),
+        ("fine_grained_weight", 1.0),
+        ("image_contrastive_direction", "text_to_image"),
+    ],
+)
+def test_a_flag_beside_a_recipe_wins_wherever_it_stands_also_with_its_default(first, setting, value):
+    recipe, flag = ("--sparc-recipe", "highest-patches"), (f"--sparc-{setting.replace('_', '-')}", str(value))
     flags = (*flag, *recipe) if first else (*recipe, *flag)
-    assert of_loss(*flags) == {**HIGHEST_PATCHES, "image_negatives": 7}
+    assert of_loss(*flags) == {**HIGHEST_PATCHES, setting: value}
 
 
-def test_a_recipe_is_logged_with_its_flags(model, caplog):
+def test_a_recipe_is_logged_with_the_flags_of_the_run(model, caplog):
     with caplog.at_level(logging.INFO):
-        SPARC.prepare_model(model, parse("--sparc-recipe", "highest-patches"))
-    assert f"--sparc-recipe highest-patches is {flags_of('highest-patches')}" in caplog.messages
+        SPARC.prepare_model(model, parse("--sparc-recipe", "highest-patches", "--sparc-image-negatives", "7"))
+    flags = flags_of({**HIGHEST_PATCHES, "image_negatives": 7})
+    assert f"--sparc-recipe highest-patches is {flags}" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--sparc-region-words only", "--sparc-region-words is only without --sparc-regions, and changes nothing"),
+        ("--sparc-region-share 0.3", "--sparc-region-share is 0.3 without --sparc-regions, and changes nothing"),
+        (
+            "--sparc-image-contrastive-weight 2",
+            "--sparc-image-contrastive-weight is 2.0 without --sparc-image-negatives, and changes nothing",
+        ),
+    ],
+)
+def test_a_flag_that_changes_nothing_without_another_is_refused(flags, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}; expected both or neither$"):
+        SPARC.check_args(parse(*flags.split()))
 
 
 @pytest.mark.parametrize(

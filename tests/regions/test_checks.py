@@ -76,7 +76,7 @@ def test_only_the_first_process_reads_the_file(csv_with):
     ("changes", "message"),
     [
         ({"use_naflex": True}, "--use-naflex is set; expected it off with --sparc-regions: NaFlex cuts each image"),
-        ({"distill": True}, "--distill is set; expected it off with --sparc-regions: the teacher takes the texts"),
+        ({"distill_model": "RN50"}, "--distill-model is set; expected it off with --sparc-regions: the teacher takes"),
         ({"variable_text": True}, "--variable-text is set; expected it off with --sparc-regions: captions of"),
         (
             {"dataset_type": "synthetic"},

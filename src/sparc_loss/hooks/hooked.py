@@ -33,7 +33,7 @@ def hooked(
 
     - `open_clip_train.main.parse_args`, by the given function;
     - `open_clip_train.main.create_model_and_transforms`, whose first model goes through `plugin.prepare_model` (the
-      second is the teacher of --distill);
+      second is the teacher of --distill-model);
     - `open_clip_train.main.create_loss` (`open_clip_3.py`) or `create_task` (`open_clip_4.py`), which make the loss.
       An open_clip with the patch from patches/ calls the plug-in itself: there, this name and the previous one stay;
     - `open_clip_train.main.get_data`, if the plug-in has a `create_data`;

@@ -41,13 +41,16 @@ class Flag:
     metavar: str = "X"
     default: Any = inspect.Parameter.empty
 
+    def default_of(self, loss: type) -> Any:
+        """The default: that of the loss's argument, unless the flag has its own."""
+        if self.default is inspect.Parameter.empty:
+            return inspect.signature(loss).parameters[self.setting].default
+        return self.default
+
     def add_to(self, group: Any, name: str, loss: type) -> None:
-        """Add the flag to an argument group; its default is that of the loss's argument."""
-        default = self.default
-        if default is inspect.Parameter.empty:
-            default = inspect.signature(loss).parameters[self.setting].default
+        """Add the flag to an argument group."""
         text = self.help if "(default" in self.help else f"{self.help} (default: %(default)s)"
-        options: dict[str, Any] = {"default": default, "help": text}
+        options: dict[str, Any] = {"default": self.default_of(loss), "help": text, "action": StoreGiven}
         if self.choices is not None:
             options["choices"] = self.choices
         elif self.check is not None:
@@ -55,6 +58,16 @@ class Flag:
         else:
             options["action"] = BooleanOptionalAction
         group.add_argument(f"--{name}-{self.setting.replace('_', '-')}", **options)
+
+
+class StoreGiven(Action):
+    """Stores a value, and remembers that it was given, also where it is the default."""
+
+    given = False
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, *_: Any) -> None:
+        setattr(namespace, self.dest, values)
+        self.given = True
 
 
 def checked(convert: Callable[[str], Any], check: Check) -> Callable[[str], Any]:

@@ -1,6 +1,7 @@
 """`--sparc-recipe NAME`: settings that were measured to work, as one flag. The defaults stay the paper's."""
 
 from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Mapping
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -14,17 +15,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def flags_of(recipe: str) -> str:
-    """The flags that a recipe stands for."""
-    return " ".join(f"--sparc-{name.replace('_', '-')} {value}" for name, value in RECIPES[recipe].items())
+def flags_of(settings: Mapping[str, Any]) -> str:
+    """The flags of some settings."""
+    return " ".join(f"--sparc-{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
 class RecipeAction(Action):
-    """Sets the flags of a recipe, but for those that were given another value than their default before."""
+    """Sets the flags of a recipe, but for those that were given before; those given after it replace its values."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, *_: Any) -> None:
         setattr(namespace, self.dest, values)
+        given = {action.dest for action in parser._actions if getattr(action, "given", False)}
         for name, value in RECIPES[values].items():
-            argument = f"sparc_{name}"
-            if getattr(namespace, argument) == parser.get_default(argument):
-                setattr(namespace, argument, value)
+            if f"sparc_{name}" not in given:
+                setattr(namespace, f"sparc_{name}", value)

@@ -115,6 +115,17 @@ FLAGS_OF_THE_RUN = (
 )
 
 
+# Setting -> those that change nothing without it.
+_NEED = {
+    "regions": ("region_words", "region_share"),
+    "image_negatives": (
+        "image_contrastive_weight",
+        "image_contrastive_threshold",
+        "image_contrastive_direction",
+    ),
+}
+
+
 class SparcPlugin(ObjectivePlugin):
     """SPARC, with what it does before and after epochs."""
 
@@ -128,7 +139,7 @@ class SparcPlugin(ObjectivePlugin):
             action=RecipeAction,
             choices=RECIPES,
             help="set several flags, for which others given win; "
-            + "; ".join(f"{name}: {flags_of(name)}" for name in RECIPES)
+            + "; ".join(f"{name}: {flags_of(settings)}" for name, settings in RECIPES.items())
             + " (default: the paper's settings)",
         )
         for old, new, value in (
@@ -142,14 +153,15 @@ class SparcPlugin(ObjectivePlugin):
         """Refuse what cannot be trained, measured or drawn before anything is written.
 
         Raises:
-            ValueError: as `ObjectivePlugin.check_args`; more --sparc-image-negatives than any batch has,
-                --sparc-start, --sparc-probe-every or --sparc-show-every without their requirements,
-                --sparc-diagnostics with an open_clip that would add diagnostics to the loss; as
-            `sparc_loss.regions.checks.check_regions`.
+            ValueError: as `ObjectivePlugin.check_args`; a flag that changes nothing without another; more
+                --sparc-image-negatives than any batch has, --sparc-start, --sparc-probe-every or --sparc-show-every
+                without their requirements, --sparc-diagnostics with an open_clip that would add diagnostics to the
+                loss; as `sparc_loss.regions.checks.check_regions`.
             TypeError: a model or tokenizer that cannot be surfaced.
             ImportError: --sparc-show-every without the extra `show`.
         """
         super().check_args(args)
+        _check_used(args)
         if args.sparc_regions:
             from sparc_loss.regions.checks import check_regions
 
@@ -177,9 +189,10 @@ class SparcPlugin(ObjectivePlugin):
             )
 
     def prepare_model(self, model: nn.Module, args: Namespace) -> nn.Module:
-        """As `ObjectivePlugin.prepare_model`; logs the flags of a recipe."""
+        """As `ObjectivePlugin.prepare_model`; logs the flags of a recipe, with the values of those given beside it."""
         if args.sparc_recipe and args.rank == 0:
-            logging.info(f"--sparc-recipe {args.sparc_recipe} is {flags_of(args.sparc_recipe)}")
+            settings = {name: getattr(args, f"sparc_{name}") for name in RECIPES[args.sparc_recipe]}
+            logging.info(f"--sparc-recipe {args.sparc_recipe} is {flags_of(settings)}")
         model = super().prepare_model(model, args)
         if args.sparc_regions:
             from sparc_loss.regions.behind_texts import sizes_for, take_regions
@@ -237,6 +250,19 @@ class SparcPlugin(ObjectivePlugin):
                 from sparc_loss.monitoring.show_every import draw_validation_pairs
 
                 draw_validation_pairs(model, args, number=1)
+
+
+def _check_used(args: Namespace) -> None:
+    """Raise ValueError for a flag that changes nothing without another."""
+    flags = {flag.setting: flag for flag in (*FLAGS, *FLAGS_OF_THE_RUN)}
+    for needed, settings in _NEED.items():
+        if getattr(args, f"sparc_{needed}"):
+            continue
+        for setting in settings:
+            value = getattr(args, f"sparc_{setting}")
+            if value != flags[setting].default_of(SparcLoss):
+                name, other = (f"--sparc-{each.replace('_', '-')}" for each in (setting, needed))
+                raise ValueError(f"{name} is {value} without {other}, and changes nothing; expected both or neither")
 
 
 SPARC = SparcPlugin(

@@ -15,7 +15,7 @@ from sparc_loss.regions.training_data import COLUMN
 
 _REFUSED = {
     "use_naflex": "NaFlex cuts each image into patches of its own grid, and the mask of a text has one size",
-    "distill": "the teacher takes the texts of the batch as they are, with the regions behind them",
+    "distill_model": "the teacher takes the texts of the batch as they are, with the regions behind them",
     "variable_text": "captions of variable length leave no fixed place behind the text",
 }
 
@@ -34,6 +34,11 @@ def check_regions(args: Namespace, model: nn.Module | None) -> None:
     for flag, reason in _REFUSED.items():
         if getattr(args, flag, False):
             raise ValueError(f"--{flag.replace('_', '-')} is set; expected it off with --sparc-regions: {reason}")
+    # open_clip_train sets args.variable_text from the model, later than this.
+    if getattr(getattr(model, "text", None), "variable_text", False):
+        raise ValueError(
+            f"--model is {args.model}; expected another with --sparc-regions: {_REFUSED['variable_text']}"
+        )
     if isinstance(model, CoCa):
         raise ValueError(
             f"--model is {args.model}, a CoCa; expected a CLIP with --sparc-regions: its captioning loss takes the "
