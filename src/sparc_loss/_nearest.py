@@ -1,4 +1,4 @@
-"""Which candidate is nearest. A tie never counts in favour of the right one."""
+"""Which candidate is nearest; a tie never counts in favour of a row's own."""
 
 import torch
 from torch import Tensor

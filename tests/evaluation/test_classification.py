@@ -16,9 +16,14 @@ def test_share_of_images_whose_class_is_among_the_nearest():
     assert [top_k_accuracy(images, CLASSES, target, k) for k in (1, 2, 3)] == [0.5, 0.75, 1.0]
 
 
-def test_a_tie_never_counts_in_favour():
+def test_of_classes_that_tie_the_first_is_nearest():
     images, target = torch.tensor([[1.0, 1, 0], [1, 1, 0]]), torch.tensor([0, 1])
-    assert [top_k_accuracy(images, CLASSES, target, k) for k in (1, 2)] == [0, 1]
+    assert [top_k_accuracy(images, CLASSES, target, k) for k in (1, 2)] == [0.5, 1]
+
+
+def test_where_all_tie_the_accuracy_is_chance():
+    images, target = torch.ones(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert [top_k_accuracy(images, CLASSES, target, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
 def test_scale_of_the_features_does_not_matter():

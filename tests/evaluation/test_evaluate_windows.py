@@ -138,6 +138,12 @@ def test_background_by_a_threshold_and_by_names(data):
     assert measured(data)[1]["background"] == 0.0
 
 
+def test_a_name_of_a_class_and_of_background_is_background(data):
+    data.mask_coding = MaskCoding()
+    draw(data, np.tile(np.repeat([0, 2, 3], 8), (16, 1)))
+    assert measured(data, replace(PLAIN, background=("red",)))[1]["background"] == 1.0
+
+
 def test_classes_that_are_not_present_can_be_left_out(data):
     draw(data, np.tile(np.repeat([0, 1, 1], 8), (16, 1)))
     assert measured(data)[1]["blue"] == 0.0

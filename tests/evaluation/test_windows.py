@@ -130,6 +130,18 @@ def test_where_no_name_is_left_pixels_are_background():
     assert (segmented == BACKGROUND).all()
 
 
+@pytest.mark.parametrize("argument", ["patch_features", "name_features"])
+def test_what_is_not_finite_is_refused(argument):
+    image, names = made((16, 16), 2)
+    windows, patches, grid, extent = run(image, 16, 16)
+    features = {"patch_features": patches, "name_features": names}
+    features[argument] = features[argument] * torch.inf
+    with pytest.raises(ValueError, match=f"^{argument} has values that are not finite; expected finite ones$"):
+        segment_windows(
+            **features, labels=torch.tensor([0, 1]), windows=windows, grid=grid, size=(16, 16), extent=extent
+        )
+
+
 def test_memory_does_not_depend_on_the_number_of_names(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 64 * 64 * 4)
     image, _ = made((64, 64))

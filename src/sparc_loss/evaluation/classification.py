@@ -12,7 +12,8 @@ from sparc_loss.evaluation.retrieval import check_k, queries_at_a_time
 def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tensor, k: int = 1) -> float:
     """Share of the images whose class is among the k nearest by cosine similarity.
 
-    A tie is a miss. Chance is `recall_chance(C, k)`, k / C.
+    Of classes that tie, the first is nearest, as argmax has it: ImageNet has two classes "missile" and two
+    "sunglasses". Chance is `recall_chance(C, k)`, k / C.
 
     Args:
         image_features: floating point [N, D], normalised or not.
@@ -44,10 +45,12 @@ def top_k_accuracy(image_features: Tensor, class_features: Tensor, target: Tenso
 
     images, classes = F.normalize(image_features.float(), dim=-1), F.normalize(class_features.float(), dim=-1)
     hits, chunk = 0, queries_at_a_time(len(classes))
+    order = torch.arange(len(classes), device=classes.device)
     for start in range(0, len(images), chunk):
         cosine = images[start : start + chunk] @ classes.T
-        right = cosine.gather(1, target[start : start + chunk].unsqueeze(1))
-        # The right class itself is one of them.
-        rank = (cosine >= right - TIE).sum(dim=1)
-        hits += int((rank <= k).sum())
+        of_class = target[start : start + chunk].unsqueeze(1)
+        right = cosine.gather(1, of_class)
+        ties_before = ((cosine - right).abs() <= TIE) & (order < of_class)
+        before = (cosine > right + TIE) | ties_before
+        hits += int((before.sum(dim=1) < k).sum())
     return hits / len(images)

@@ -55,8 +55,9 @@ def evaluate_windows(
     check_tower(model_.visual, protocol)
     settings = (options.batch_size, options.device, options.input_dtype, options.autocast)
     encoder = Encoder(model_, tokenizer, *settings, progress=True)
-    names = [(name, label) for label, of_class in enumerate(protocol.classes) for name in of_class]
-    names += [(name, BACKGROUND) for name in protocol.background]
+    # Background first: of equal names the first wins, and in SCLIP's protocol "bed" is also a name of background.
+    names = [(name, BACKGROUND) for name in protocol.background]
+    names += [(name, label) for label, of_class in enumerate(protocol.classes) for name in of_class]
     templates = protocol.templates or open_clip.OPENAI_IMAGENET_TEMPLATES
     name_features = encoder.classes([name for name, _ in names], templates).to(options.device)
     labels = torch.tensor([label for _, label in names], device=options.device)

@@ -80,8 +80,14 @@ def segment_windows(
         extent: the share of a window's height and width that the grid covers, as in `pointing_game`.
 
     Returns:
-        int64 [H, W], classes or BACKGROUND.
+        int64 [H, W], classes or BACKGROUND. Of names that are equally near, the first wins.
+
+    Raises:
+        ValueError: features that are not finite.
     """
+    for argument, features in (("patch_features", patch_features), ("name_features", name_features)):
+        if not features.isfinite().all():
+            raise ValueError(f"{argument} has values that are not finite; expected finite ones")
     patches = F.normalize(patch_features, dim=-1)
     names = F.normalize(name_features, dim=-1)
     kept = torch.ones(len(names), dtype=torch.bool, device=names.device)

@@ -68,6 +68,10 @@ def test_aros_rows_with_their_boxes_and_groups(tmp_path):
     assert (relation.captions[2], relation.hard_negatives[2]) == ("the cat behind mat 2", "the mat behind cat 2")
     # A pair of attributes with fewer than 25 rows is in no group.
     assert attribution.groups == [None, *["white_long"] * 25]
+    path = tmp_path / "aro" / "visual_genome_relation.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"behind"', '"next to"'), encoding="utf-8")
+    # Nor is a relation that the authors leave out.
+    assert SUITES["aro"].read(DataFolder(tmp_path, SUITES["aro"]))["relation"].groups == ["on", "on", None]
 
 
 def test_imagenets_labels_are_the_places_of_the_sorted_folders(tmp_path):

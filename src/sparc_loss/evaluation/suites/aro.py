@@ -5,13 +5,15 @@
     aro/images/*.jpg
 
 From the repository mertyg/vision-language-models-are-bows, whose reader downloads them. Each row looks at one box of
-its image. The authors' figure is the mean over relations, and over pairs of attributes with at least 25 rows.
+its image. The authors' figure is the mean over relations, and over pairs of attributes with at least 25 rows. From
+the mean over relations, their notebook of VG-Relation leaves out those in aro_relations_left_out.txt.
 
     sparc-loss evaluate --suite aro --data-root DATA --model ViT-B-16 --pretrained openai
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from importlib.resources import files
 from typing import Any
 
 from sparc_loss.evaluation.dataset import EvaluationData
@@ -21,12 +23,23 @@ from sparc_loss.evaluation.suites.suite import DataFolder, Suite
 
 def _read(folder: DataFolder) -> Mapping[str, EvaluationData]:
     return {
-        "relation": _read_part(folder, "relation", lambda row: row["relation_name"], least=1),
+        "relation": _read_part(folder, "relation", lambda row: row["relation_name"], _relations_left_out()),
         "attribution": _read_part(folder, "attribution", lambda row: "_".join(row["attributes"]), least=25),
     }
 
 
-def _read_part(folder: DataFolder, part: str, group_of: Callable[[dict[str, Any]], str], least: int) -> EvaluationData:
+def _relations_left_out() -> list[str]:
+    text = (files("sparc_loss.evaluation.suites") / "aro_relations_left_out.txt").read_text("utf-8")
+    return text.splitlines()
+
+
+def _read_part(
+    folder: DataFolder,
+    part: str,
+    group_of: Callable[[dict[str, Any]], str],
+    left_out: Collection[str] = (),
+    least: int = 1,
+) -> EvaluationData:
     path, images = folder.find(f"aro/visual_genome_{part}.json"), folder.find("aro/images")
     data = EvaluationData([])
     with fields_of(path, "rows with image_path, bbox_x, bbox_y, bbox_w, bbox_h, true_caption and false_caption"):
@@ -40,7 +53,7 @@ def _read_part(folder: DataFolder, part: str, group_of: Callable[[dict[str, Any]
                 data.add_image(images / row["image_path"], crop=crop),
                 row["true_caption"],
                 hard_negative=row["false_caption"],
-                group=group if groups[group] >= least else None,
+                group=group if groups[group] >= least and group not in left_out else None,
             )
     return data
 
