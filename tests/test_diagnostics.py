@@ -77,6 +77,16 @@ def test_a_patch_that_is_padding_is_none_of_those_that_could_be_kept() -> None:
     assert values["patches_kept"].item() == pytest.approx(1 / 2)
 
 
+def test_bad_arguments_are_refused_by_name() -> None:
+    patches, tokens, mask = torch.randn(3, 4, 2), torch.randn(2, 5, 2), torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"token_features has B = 2 in shape .*, patch_features has B = 3"):
+        alignment_diagnostics(patches, tokens, mask, pairs=2)
+    with pytest.raises(TypeError, match="patch_features is a NoneType; expected a tensor"):
+        alignment_diagnostics(None, tokens, mask)
+    with pytest.raises(ValueError, match="pairs is 0"):
+        alignment_diagnostics(patches[:2], tokens, mask, pairs=0)
+
+
 def test_where_no_token_counts_they_are_0() -> None:
     values = alignment_diagnostics(AXES, AXES, torch.zeros(1, 3, dtype=torch.bool))
     assert all(value == 0 for value in values.values())

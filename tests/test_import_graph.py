@@ -10,7 +10,7 @@ import sparc_loss
 PACKAGE = Path(sparc_loss.__file__).parent
 # From the ground up; a room imports from its own floor or from those before it. The deprecated names are not here.
 FLOORS = (
-    ("_arithmetic", "_checks", "_masks", "_nearest", "named_objects", "open_clip_versions"),
+    ("_arithmetic", "_checks", "_files", "_masks", "_nearest", "named_objects", "open_clip_versions"),
     ("functional",),
     ("fused", "diagnostics"),
     ("losses", "embeddings", "testing"),

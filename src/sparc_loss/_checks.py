@@ -67,7 +67,10 @@ def check_features(shapes: str, **features: Tensor) -> None:
 
 
 def check_scale(logit_scale: Tensor | float) -> None:
-    """Raise ValueError unless a tensor has exactly one element."""
+    """Raise TypeError unless it is a number or a tensor, ValueError unless a tensor has exactly one element."""
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (Tensor, Real)):
+        found = f"{logit_scale!r} ({type(logit_scale).__name__})"
+        raise TypeError(f"logit_scale is {found}; expected a number or a tensor of one element, 1/tau")
     if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
         raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}; expected one element, 1/tau")
 

@@ -1,6 +1,7 @@
 """The objects that a caption names, and where they are: the column `boxes` of a CSV, or the JSON of a sample."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ def parse_objects(text: str, caption: str | None) -> tuple[NamedObject, ...]:
     """
     try:
         return tuple(_object(entry, None if caption is None else len(caption.split())) for entry in json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"boxes is {text[:80]!r} ({type(error).__name__}: {error}); "
             'expected a JSON list of {"phrase": text, "box": [left, top, right, bottom]}'
@@ -40,6 +41,8 @@ def _object(entry: dict[str, Any], length: int | None) -> NamedObject:
     phrase, (left, top, right, bottom) = entry["phrase"], map(float, entry["box"])
     if not isinstance(phrase, str) or not phrase.strip():
         raise ValueError("a phrase is not a text")
+    if not all(map(math.isfinite, (left, top, right, bottom))):
+        raise ValueError("a box is not finite")
     if not (left < right and top < bottom):
         raise ValueError("a box is empty")
     words = tuple(entry.get("words", ()))

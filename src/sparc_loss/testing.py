@@ -112,12 +112,14 @@ def padding_captions_changes_nothing(objective: Objective, batch: LocalBatch) ->
 
 
 def padding_patches_changes_nothing(objective: Objective, batch: LocalBatch) -> None:
-    """Masked patches, whatever their values, do not change the loss. For objectives with a patch_mask."""
+    """Masked patches, whatever their values, do not change the loss. For batches with a patch_mask."""
+    if batch.patch_mask is None:
+        return
     b, _, d = batch.patch_features.shape
     noise = 50 * _noise(batch.patch_features, b, 2, d)
     padded = batch.but(
         patch_features=torch.cat([batch.patch_features, noise], dim=1),
-        patch_mask=torch.cat([_patch_mask(batch), torch.zeros(b, 2, dtype=torch.bool)], dim=1),
+        patch_mask=torch.cat([batch.patch_mask, torch.zeros(b, 2, dtype=torch.bool)], dim=1),
     )
     if batch.region_mask is not None:
         anything = torch.ones(*batch.token_mask.shape, 2, dtype=torch.bool)
@@ -207,6 +209,7 @@ def nan_is_never_hidden(objective: Objective, batch: LocalBatch) -> None:
 
 INVARIANTS: Sequence[Callable[[Objective, LocalBatch], None]] = (
     padding_captions_changes_nothing,
+    padding_patches_changes_nothing,
     the_order_of_pairs_does_not_matter,
     the_order_of_patches_does_not_matter,
     the_order_of_tokens_does_not_matter,

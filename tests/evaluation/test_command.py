@@ -186,7 +186,7 @@ def test_images_and_captions_alone(figures):
 
 def test_a_model_without_weights_is_refused_not_measured_at_random(folder, capsys, tmp_path):
     arguments = flags(folder, model=f"local-dir:{folder / 'model'}", output=tmp_path / "out.json")
-    line = refusal(capsys, *arguments, "--classes", folder / "classes.txt")
+    line = refusal(capsys, *arguments)
     assert "model cannot be loaded: RuntimeError: Required pretrained weights" in line
     assert list(tmp_path.iterdir()) == []
 
@@ -266,6 +266,8 @@ def test_an_image_that_cannot_be_read_is_refused_and_an_earlier_output_kept(fold
             "argument --output: 'no/folder/out.json' is in no folder that can be written",
         ),
         ("output", ".", "argument --output: '.' is a folder; expected a file"),
+        ("protocol", "sclip", "argument --protocol: given with --data; it is for --suite only"),
+        ("background-threshold", 0.1, "argument --background-threshold: given, but "),
         ("device", "gpu", "cannot be loaded: RuntimeError: "),
     ],
 )
@@ -332,7 +334,7 @@ def test_without_open_clip_the_error_names_the_install_command(folder):
     finished = run_python("-c", script, "evaluate", *flags(folder))
     assert finished.returncode == 2
     line = finished.stdout.splitlines()[-1]
-    assert line.startswith("sparc-loss evaluate: error: open_clip cannot be imported (")
+    assert line.startswith("sparc-loss evaluate: error: what it needs cannot be imported (")
     assert "pip install 'sparc-loss[train]'" in line
 
 

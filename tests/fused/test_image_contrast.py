@@ -394,3 +394,23 @@ def test_a_compiled_caller_breaks_its_graph_and_goes_on() -> None:
 def test_a_chunk_of_no_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="chunk_bytes is 0; expected a number of at least 1"):
         fused.image_contrastive_loss(**vars(random_batch([2, 2], 6, 4, 5)), image_negatives=1, chunk_bytes=0)
+
+
+@pytest.mark.parametrize("threshold", [None, 1.0])
+def test_nan_in_a_masked_patch_reaches_no_gradient_where_an_image_has_no_patch(threshold):
+    generator = torch.Generator().manual_seed(0)
+    patches, tokens = torch.randn(4, 5, 6, generator=generator), torch.randn(4, 3, 6, generator=generator)
+    scale, token_mask = torch.tensor(10.0), torch.ones(4, 3, dtype=torch.bool)
+    patch_mask = torch.ones(4, 5, dtype=torch.bool)
+    patch_mask[0, 0], patch_mask[2] = False, False
+    patches[0, 0] = torch.nan
+    gradients = []
+    for module in (fused, functional):
+        inputs = [each.clone().requires_grad_() for each in (patches, tokens, scale)]
+        loss = module.image_contrastive_loss(
+            *inputs[:2], token_mask, inputs[2], 2, threshold=threshold, patch_mask=patch_mask
+        )
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from baseline_outputs import FEATURES, assert_same_value_and_gradient, baseline_outputs, random_outputs
 from hypothesis import given
+from largest_tensor import LargestTensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -75,6 +76,26 @@ def test_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
     monkeypatch.setattr(all_pairs, "BLOCK_NUMBERS", 1)
     assert_close(term(outputs, heads), expected)
     assert_close(torch.autograd.grad(term(outputs, heads), inputs), gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_heads_compute_in_the_dtype_of_their_parameters(dtype):
+    heads = FlairHeads(6, heads=2).to(dtype)
+    outputs = random_outputs()
+    inputs = {name: outputs[name].to(dtype) for name in ("text_features", "patch_features", "token_features")}
+    cosines = heads(**inputs, token_mask=outputs["token_mask"])["text_conditioned_cosines"]
+    expected = heads.double()(**outputs)["text_conditioned_cosines"]
+    assert_close(cosines, expected, rtol=0.05, atol=0.05, check_dtype=False)
+
+
+def test_no_tensor_of_a_block_is_larger_than_the_bound(monkeypatch):
+    monkeypatch.setattr(all_pairs, "BLOCK_NUMBERS", 4096)
+    generator = torch.Generator().manual_seed(0)
+    texts, patches = torch.randn(64, 8, generator=generator), torch.randn(4, 30, 8, generator=generator)
+    heads = FlairHeads(8, heads=8)
+    with LargestTensor() as largest:
+        heads(texts[:4], patches, texts[:4, None], torch.ones(4, 1, dtype=torch.bool))
+    assert largest.elements <= 4096
 
 
 def test_an_image_without_a_patch_adds_nothing():

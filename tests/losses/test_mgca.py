@@ -136,6 +136,37 @@ def test_without_the_heads_outputs_the_error_says_what_is_missing():
         MgcaLoss()(**random_outputs())
 
 
+@pytest.mark.parametrize("size", ["head_dim", "prototypes"])
+def test_sizes_of_the_heads_that_are_no_sizes_are_refused_by_name(size):
+    with pytest.raises(ValueError, match=f"{size} is 0; expected a whole number of at least 1"):
+        MgcaHeads(6, **{size: 0})
+    with pytest.raises(TypeError, match=f"{size} is 8.0"):
+        MgcaHeads(6, **{size: 8.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("attended_patches", "attended_patches has D = 3 in shape"),
+        ("attended_tokens", "attended_tokens has D = 3 in shape"),
+    ],
+)
+def test_outputs_of_other_heads_are_refused_by_name(name, message):
+    outputs = random_outputs()
+    further = MgcaHeads(6).double()(**outputs)
+    further[name] = further[name][..., :3]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MgcaLoss(global_weight=0)(**outputs, **further)
+
+
+def test_prototypes_of_another_batch_are_refused_by_name():
+    outputs = random_outputs()
+    further = MgcaHeads(6).double()(**outputs)
+    logits = {name: further[name][:2] for name in ("image_prototype_logits", "text_prototype_logits")}
+    with pytest.raises(ValueError, match="image_prototype_logits has B = 2 in shape"):
+        MgcaLoss(global_weight=0)(**outputs, **{**further, **logits})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -228,6 +228,12 @@ def test_a_global_loss_of_another_world_size_is_refused(loss_class):
         ("token_mask", torch.ones(B, 2).bool(), ValueError, "token_mask has shape [3, 2]; expected [B, L] = [3, 5]"),
         ("patch_mask", torch.ones(B, 2).bool(), ValueError, "patch_mask has shape [3, 2]; expected [B, P] = [3, 4]"),
         ("region_mask", torch.ones(B, L, P).bool(), ValueError, "region_mask is given; expected None: "),
+        (
+            "logit_scale",
+            "14",
+            TypeError,
+            "logit_scale is '14' (str); expected a number or a tensor of one element, 1/tau",
+        ),
         ("logit_scale", torch.ones(2), ValueError, "logit_scale has shape [2]; expected one element, 1/tau"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

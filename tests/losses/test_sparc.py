@@ -255,6 +255,16 @@ def test_a_batch_of_one_pair_has_a_contrast_of_zero_that_is_attached(
 # A weight of zero
 
 
+class Infinite(torch.nn.Module):
+    def forward(self, **_: Tensor) -> dict[str, Tensor]:
+        return {"contrastive_loss": torch.tensor(torch.inf), "caption_loss": torch.tensor(2.0)}
+
+
+def test_a_global_weight_of_zero_leaves_the_other_terms_of_a_global_loss(outputs: dict[str, Tensor]) -> None:
+    terms = SparcLoss(global_weight=0, global_loss=Infinite())(**outputs, logits=torch.ones(1), output_dict=True)
+    assert (terms["contrastive_loss"], terms["caption_loss"]) == (0, 2)
+
+
 def test_a_global_weight_of_zero_skips_the_global_loss(outputs: dict[str, Tensor]) -> None:
     loss = SparcLoss(global_weight=0, global_loss=Refuses())
     assert_close(loss(**outputs), fine_grained(outputs))

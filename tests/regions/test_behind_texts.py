@@ -1,5 +1,8 @@
 """Region masks behind the token ids, and a model that takes them off again."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +50,31 @@ def test_texts_without_a_mask_are_what_they_were():
     assert "region_mask" not in model(images_for(model), captions())
     assert set(model.eval()(images_for(model), captions())) == {"image_features", "text_features", "logit_scale"}
     assert model.encode_text(captions()).shape[0] == len(captions())
+
+
+@pytest.mark.parametrize("round_trip", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_take_regions_too(round_trip):
+    model = prepared()
+    sizes, texts = sizes_for(model), captions()
+    behind = torch.cat([texts, torch.ones(len(texts), sizes.packed, dtype=torch.long)], dim=1)
+    again = round_trip(model)
+    assert type(again) is type(model)
+    assert torch.equal(again(images_for(model), behind)["region_mask"], unpacked(behind, sizes)[1])
+
+
+def test_sizes_leave_the_mode_of_each_part_alone():
+    model = prepared()
+    model.visual.eval()
+    before = [module.training for module in model.modules()]
+    sizes_for(model)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_sizes_have_the_share_of_the_image_that_the_patches_cover():
+    model = surface_embeddings(clip(), ToyTokenizer())
+    model.visual.image_size = (20, 36)  # patches of 8 pixels
+    sizes = sizes_for(model)
+    assert (sizes.grid, sizes.extent) == ((2, 4), (0.8, pytest.approx(32 / 36)))
 
 
 def test_the_loss_uses_it():

@@ -57,9 +57,12 @@ def test_good_boxes_are_taken(csv_with):
         ),
         ([box(0, 0, 3, 2, words=[3])], "(ValueError: words are not positions in title.split(), 0 to 2)"),
         ("nonsense", "line 3: boxes is 'nonsense' (JSONDecodeError: "),
+        ('[{"phrase": "a", "box": [0, 0, 1, Infinity]}]', "(ValueError: a box is not finite)"),
+        (f'[{{"phrase": "a", "box": [0, 0, 1, 1{400 * "0"}]}}]', "(OverflowError: int too large to convert to float)"),
+        (100_000 * "[", "(RecursionError: "),
         ([{"box": [0, 0, 1, 1]}], "(KeyError: 'phrase')"),
     ],
-    ids=["beyond", "negative", "empty", "words", "JSON", "key"],
+    ids=["beyond", "negative", "empty", "words", "JSON", "infinite", "huge", "deep", "key"],
 )
 def test_a_malformed_box_is_refused_with_file_line_and_text(csv_with, boxes, message):
     path = csv_with([box(0, 0, 5, 5)], boxes)

@@ -139,6 +139,50 @@ def test_boxes_of_any_format_are_taken():
     assert drawn(region_mask(as_centre, [[0]], (2, 2), 1), "#...")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
+def test_boxes_are_not_rounded_when_their_format_is_changed(dtype):
+    centred = BoundingBoxes(torch.tensor([[40, 32, 15, 5]], dtype=dtype), format="CXCYWH", canvas_size=(64, 64))
+    corners = BoundingBoxes([[32.5, 29.5, 47.5, 34.5]], format="XYXY", canvas_size=(64, 64))
+    masks = [region_mask(boxes, [[0]], (8, 8), 1) for boxes in (centred, corners)]
+    assert torch.equal(*masks)
+
+
+def test_a_box_outside_the_picture_lets_its_tokens_use_no_patch():
+    boxes = BoundingBoxes([[100, 100, 120, 120]], format="XYXY", canvas_size=(64, 64), clamping_mode=None)
+    assert not region_mask(boxes, [[0]], (4, 4), 1).any()
+
+
+def test_rotated_boxes_are_refused():
+    boxes = BoundingBoxes([[0.0, 0, 8, 8, 30]], format="XYWHR", canvas_size=(64, 64))
+    with pytest.raises(ValueError, match="regions has boxes of the format XYWHR; expected XYXY, XYWH or CXCYWH"):
+        region_mask(boxes, [[0]], (4, 4), 1)
+
+
+@given(st.integers(1, 90), st.integers(1, 12), st.data())
+def test_a_patch_that_is_covered_by_exactly_half_belongs_to_the_box_as_to_its_mask(size, number, data):
+    patch = data.draw(st.integers(0, number - 1))
+    width = size / number
+    boxes = BoundingBoxes([[0, (patch + 0.5) * width, 1, size]], format="XYXY", canvas_size=(size, 1))
+    assert region_mask(boxes, [[0]], (number, 1), 1)[0, patch]
+
+
+@pytest.mark.parametrize(
+    ("box", "patch"),
+    [((193, 193, 206, 206), (6, 6)), ((0, 0, 32, 32), (0, 0)), ((226, 226, 240, 240), None)],
+    ids=["in the last patch", "in the first patch", "where no patch is"],
+)
+def test_patches_lie_where_the_grid_covers_the_image(box, patch):
+    """7 patches of 32 pixels in an image of 240, of which 16 pixels are in no patch."""
+    expected = torch.zeros(7, 7, dtype=torch.bool)
+    if patch:
+        expected[patch] = True
+    filled = torch.zeros(1, 240, 240)
+    filled[0, box[1] : box[3], box[0] : box[2]] = 1
+    for regions in (BoundingBoxes([box], format="XYXY", canvas_size=(240, 240)), Mask(filled)):
+        found = region_mask(regions, [[0]], (7, 7), 1, extent=(224 / 240, 224 / 240))
+        assert torch.equal(found.view(7, 7), expected)
+
+
 def test_without_objects_every_token_may_use_every_patch():
     assert region_mask(boxes_of([], None), [], (2, 3), 4).all()
     assert not region_mask(boxes_of([], None), [], (2, 3), 4, words="only").any()

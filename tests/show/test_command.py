@@ -110,7 +110,7 @@ def refusal(capsys, *argv: str) -> str:
         ({"image": "none.png"}, "none.png cannot be read as an image: .*No such file"),
         ({"image": "epoch_1.pt"}, "epoch_1.pt cannot be read as an image: cannot identify"),
         ({"output": "words.txt"}, "argument -o/--output: '.*words.txt' given; expected a name that ends in .png, "),
-        ({"output": "none/words.png"}, "No such file or directory: '.*none/words.png'"),
+        ({"output": "none/words.png"}, "argument --output: '.*none/words.png' is in no folder that can be written to"),
         ({"model": "bare"}, "local-dir:.*bare cannot be loaded: RuntimeError: Required pretrained weights"),
         ({"model": "none"}, "local-dir:.*none cannot be loaded: FileNotFoundError: "),
     ],

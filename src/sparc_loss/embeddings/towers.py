@@ -47,8 +47,15 @@ def _surfaced_class(plain: Any, forward_with_embeddings: Callable[..., tuple]) -
     def forward(self: nn.Module, *inputs: Any, with_embeddings: bool = False, **named: Any) -> Any:
         return forward_with_embeddings(self, *inputs) if with_embeddings else plain.forward(self, *inputs, **named)
 
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # Another process makes the class anew.
+        return _new_surfaced, (plain, forward_with_embeddings), *plain.__reduce_ex__(self, protocol)[2:]
+
     name = f"Surfaced{plain.__name__}"
-    members = {"forward": forward, "plain_class": plain, "__module__": __name__, "__qualname__": name}
-    surfaced = type(name, (SurfacedTower, plain), members)
-    globals()[name] = surfaced  # where pickle looks for it
-    return surfaced
+    members = {"forward": forward, "plain_class": plain, "__reduce_ex__": reduce, "__module__": __name__}
+    return type(name, (SurfacedTower, plain), members)
+
+
+def _new_surfaced(plain: Any, forward_with_embeddings: Callable[..., tuple]) -> Any:
+    surfaced = _surfaced_class(plain, forward_with_embeddings)
+    return surfaced.__new__(surfaced)

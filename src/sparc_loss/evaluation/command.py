@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparc_loss import __version__
 from sparc_loss._checks import check_number
+from sparc_loss._files import check_output, whole_file
 from sparc_loss.embeddings.reading_names import READINGS
 from sparc_loss.evaluation import dataset
 from sparc_loss.evaluation.dataset import DataError, EvaluationData, read_data, read_lines
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         templates = _templates(args.templates) if args.templates else None
         (_evaluate_suites if args.suite else _evaluate_csv)(args, templates)
     except ImportError as error:
-        parser.error(f"open_clip cannot be imported ({error}); pip install 'sparc-loss[train]'")
-    except (TypeError, ValueError) as error:
+        parser.error(f"what it needs cannot be imported ({error}); pip install 'sparc-loss[train]'")
+    except (OSError, TypeError, ValueError) as error:
         logging.debug("", exc_info=error)
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -68,6 +68,7 @@ def _evaluate_csv(args: Namespace, templates: list[str] | None) -> None:
         image_key=args.csv_img_key,
         caption_key=args.csv_caption_key,
     )
+    _check_columns(args, data)
     model, tokenizer = _load(args)
     from sparc_loss.embeddings.readings import check_reading
     from sparc_loss.evaluation.evaluate import evaluate
@@ -89,8 +90,13 @@ def _evaluate_suites(args: Namespace, templates: list[str] | None) -> None:
     tasks = plan(args, known, templates)
 
     def keep(records: dict[str, Any]) -> None:
-        if output is not None:
-            write_json(output, {"sparc_loss": __version__, "suites": {**known, **records}})
+        if output is None:
+            return
+        try:
+            # Read again: another command may have written other suites there.
+            write_json(output, {"sparc_loss": __version__, "suites": {**read_known(output), **records}})
+        except OSError as error:
+            print(f"{PROG}: warning: {output} cannot be written: {error}", file=sys.stderr)
 
     records = known
     if any(task.data for task in tasks):
@@ -175,12 +181,8 @@ def summary(
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write the whole file or nothing."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as draft:
         draft.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _parser() -> ArgumentParser:
@@ -257,7 +259,7 @@ def _add_suite_flags(parser: ArgumentParser) -> None:
     add("--suite", metavar="NAMES", help="benchmarks, by commas, such as voc20,ade20k,coco")
     add("--list-suites", action="store_true", help="print each benchmark's files, protocols and published figures")
     add("--data-root", metavar="FOLDER", help="of the data sets, laid out as --list-suites prints")
-    add("--protocol", choices=PRESETS, default="plain", help="of segmentation (default: %(default)s)")
+    add("--protocol", choices=PRESETS, help="of segmentation (default: plain)")
     add("--limit", type=int, metavar="N", help="measure the first N images only")
     add("--skip-missing", action="store_true", help="leave out images that a list names and the folder lacks")
     add("--short-side", type=int, metavar="N", help="resize images to this many pixels")
@@ -277,8 +279,8 @@ def _check(args: Namespace) -> None:
         raise ValueError(f"arguments --data and --suite: {found}; expected --data FILE.csv or --suite NAMES")
     if args.suite and not args.data_root:
         raise ValueError("argument --data-root: not given; expected the folder of the data sets of --suite")
-    for name in ("data_root", "limit", *PROTOCOL_FIELDS):
-        if args.data and name not in ("reading", "background_threshold") and flags[name] is not None:
+    for name in ("data_root", "limit", "protocol", "skip_missing", *PROTOCOL_FIELDS):
+        if args.data and name not in ("reading", "background_threshold") and flags[name] not in (None, False):
             raise ValueError(f"argument --{name.replace('_', '-')}: given with --data; it is for --suite only")
     for name, minimum, maximum in (
         ("batch_size", 1, float("inf")),
@@ -291,10 +293,19 @@ def _check(args: Namespace) -> None:
         if flags[name] is not None:
             check_number(f"argument --{name.replace('_', '-')}", flags[name], minimum, maximum)
     if args.output:
-        path = Path(args.output)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            problem = "is a folder" if path.is_dir() else "is in no folder that can be written to"
-            raise ValueError(f"argument --output: {args.output!r} {problem}; expected a file")
+        check_output(Path(args.output))
+
+
+def _check_columns(args: Namespace, data: EvaluationData) -> None:
+    """Raise ValueError for a flag that changes nothing with the columns of the CSV."""
+    masks, labels = (any(each is not None for each in column) for column in (data.masks, data.labels))
+    for name, is_used, column in (
+        ("background_threshold", masks, "mask"),
+        ("classes", masks or labels, "mask or label"),
+        ("templates", masks or labels, "mask or label"),
+    ):
+        if getattr(args, name) is not None and not is_used:
+            raise ValueError(f"argument --{name.replace('_', '-')}: given, but {args.data} has no column {column}")
 
 
 def _templates(path: str) -> list[str]:

@@ -14,6 +14,7 @@ The file is read as open_clip's training reads it, by pandas: a caption such as 
 """
 
 import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -291,10 +292,9 @@ def _add(data: EvaluationData, row: dict[str, Any], known: dict[str, int], image
 
 
 def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(text):  # False for a text that is too long for a path
         raise DataError(f"there is no file {text!r}")
-    return path
+    return Path(text)
 
 
 def _same(before: Any, now: Any, column: str, image: str) -> Any:

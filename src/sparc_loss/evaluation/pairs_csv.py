@@ -5,6 +5,7 @@ address that pandas can open, and a caption that pandas takes for a missing valu
 word "nan".
 """
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ def read_table(path: str | Path, separator: str, **options: Any) -> "DataFrame":
             return pandas.read_csv(path, sep=separator, **options)
     except pandas.errors.EmptyDataError:
         return pandas.DataFrame()
-    except (OSError, ValueError, ImportError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+    # ParserError and UnicodeDecodeError are ValueErrors.
+    except (OSError, ValueError, ImportError, re.error) as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 

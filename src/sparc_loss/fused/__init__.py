@@ -1,6 +1,7 @@
 """The losses of `sparc_loss.functional` with the same values and gradients, at lower cost.
 
-`functional` is the reference: where this package differs from it, this package is wrong.
+`functional` is the reference: where this package differs from it, this package is wrong. One difference is meant:
+where patches tie at a threshold of 1, highest_patch_by_image.py leaves out the gradient by which they tie.
 
 - `fine_grained.py`: the fine-grained loss and the derivation of its gradient.
 - `image_contrast.py`: the contrast with other images, and the derivation of its gradient.

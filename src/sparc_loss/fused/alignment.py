@@ -37,7 +37,7 @@ def weights_and_gradient(
         return _softmax(similarity, usable)
     if usable is None:
         lowest, highest = torch.aminmax(similarity, dim=-1, keepdim=True)
-        number = torch.full_like(lowest[0, 0], similarity.shape[-1])
+        number = lowest.new_full((1,), similarity.shape[-1])
     else:
         lowest = similarity.masked_fill(~usable, torch.inf).amin(dim=-1, keepdim=True)
         highest = similarity.masked_fill(~usable, -torch.inf).amax(dim=-1, keepdim=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparc_loss._arithmetic import autocast_disabled, full_precision_dtype
+from sparc_loss._masks import zero_where_masked
 from sparc_loss.functional import Direction
 from sparc_loss.fused.alignment import unit_and_norm
 from sparc_loss.fused.contrast import contrast, images_of_captions, share_of_caption
@@ -39,6 +40,9 @@ def highest_patch_loss_and_gradients(
 ) -> tuple[Tensor, Gradients] | None:
     """See `fused.function.LossAndGradients`; `images` is 1 + K. None if a token has several highest patches."""
     dtype = full_precision_dtype(patch_features, token_features)
+    if patch_mask is not None and not patch_mask.any(dim=1).all():
+        # A word stands with a masked patch where its image has no other, and NaN there is NaN times a gradient of 0.
+        patch_features = zero_where_masked(patch_features, patch_mask)
     batch, patches, dim = patch_features.shape
     scale = logit_scale.detach().reshape(()).to(dtype)
     captions, positions = valid_tokens.nonzero(as_tuple=True)

@@ -67,13 +67,19 @@ def all_pairs_loss(
 
 
 def all_pairs_scores(
-    score: Score, patch_features: Tensor, patch_mask: Tensor, token_features: Tensor, token_mask: Tensor
+    score: Score,
+    patch_features: Tensor,
+    patch_mask: Tensor,
+    token_features: Tensor,
+    token_mask: Tensor,
+    numbers_of_score: int = 1,
 ) -> Tensor:
     """Scores [2, I, C] of all I images and C captions, block by block; an empty one gets an arbitrary finite score.
 
     An image or a caption without a valid entry keeps all of them, so that its scores are finite.
     Captions are sorted by their number of tokens, longest first, so that a block has little padding. If there are
-    several blocks, each is computed again in the backward pass instead of being kept.
+    several blocks, each is computed again in the backward pass instead of being kept. `numbers_of_score` is the
+    size of the largest tensor that `score` makes, for each image and token, where that is more than P and D.
     """
     patch_mask, token_mask = (mask | ~mask.any(dim=1, keepdim=True) for mask in (patch_mask, token_mask))
     longest_first = token_mask.sum(dim=1).argsort(descending=True, stable=True)
@@ -83,7 +89,8 @@ def all_pairs_scores(
     patch_features, patch_mask = _packed(patch_features, patch_mask, numbers_of_patches)
     token_features, token_mask = _packed(token_features, token_mask, lengths)
     token_features, token_mask = token_features[longest_first], token_mask[longest_first]
-    blocks = list(_blocks(lengths, len(patch_features), max(patch_features.shape[1:])))
+    width = max(*patch_features.shape[1:], numbers_of_score)
+    blocks = list(_blocks(lengths, len(patch_features), width))
 
     columns: dict[int, list[Tensor]] = {}
     for images, captions, length in blocks:

@@ -62,6 +62,7 @@ class FlairLoss(Objective):
     def fine_grained_term(self, outputs: ModelOutputs) -> Tensor:
         """The text-conditioned sigmoid loss of this rank's images with the captions of all ranks, a scalar."""
         cosines, bias = (outputs.further[name] for name in FURTHER_INPUTS)
+        check_features("b p d, b c", patch_features=outputs.patch_features, text_conditioned_cosines=cosines)
         captions = len(cosines) * self.world_size
         if cosines.shape[1] != captions:
             raise ValueError(
@@ -103,7 +104,7 @@ class FlairHeads(nn.Module):
             raise ValueError(f"heads is {heads} with embed_dim {embed_dim}; expected a divisor of embed_dim")
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(embed_dim) for _ in range(3))
         self.attn = nn.MultiheadAttention(embed_dim, heads, batch_first=True, add_zero_attn=True)
-        self.bias = nn.Parameter(torch.tensor(bias))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
         self.world_size = world_size
 
     def forward(
@@ -143,12 +144,13 @@ class FlairHeads(nn.Module):
             queries = F.linear(self.ln_q(texts), to_query, query_bias)
             keys = F.linear(self.ln_k(patches), to_key, key_bias)
             values = F.linear(self.ln_v(patches), to_value, value_bias)
-            captions = gathered(torch.stack([queries, l2_normalised(texts)], dim=1), self.world_size)
+            captions = gathered(torch.stack([queries, l2_normalised(texts).to(dtype)], dim=1), self.world_size)
             # all_pairs_scores takes tokens: each caption has one, its query and its embedding.
             captions = rearrange(captions, "c two d -> c 1 (two d)")
             every_caption = torch.ones(captions.shape[:2], dtype=torch.bool, device=captions.device)
             keys_and_values = torch.cat([keys, values], dim=-1)
-            scores = all_pairs_scores(self._cosines, keys_and_values, patch_mask, captions, every_caption)
+            attention = self.attn.num_heads * (patches.shape[1] + 1)  # numbers of an image and a caption
+            scores = all_pairs_scores(self._cosines, keys_and_values, patch_mask, captions, every_caption, attention)
         return {"text_conditioned_cosines": scores[0], "text_conditioned_bias": self.bias}
 
     def _cosines(self, keys_and_values: Tensor, patch_mask: Tensor, captions: Tensor, _: Tensor) -> Tensor:

@@ -91,6 +91,13 @@ class MgcaLoss(Objective):
         valid_tokens = token_mask & patch_mask.any(dim=1, keepdim=True)
         valid_patches = patch_mask & token_mask.any(dim=1, keepdim=True)
         attended_patches, attended_tokens = (outputs.further[name] for name in ("attended_patches", "attended_tokens"))
+        check_features(
+            "b p d, b l d, b l d, b p d",
+            patch_features=patches,
+            token_features=tokens,
+            attended_patches=attended_patches,
+            attended_tokens=attended_tokens,
+        )
         scale = outputs.logit_scale
         by_token = sequence_contrastive_loss(attended_patches, tokens, valid_tokens, scale, "sample")
         by_patch = sequence_contrastive_loss(attended_tokens, patches, valid_patches, scale, "sample")
@@ -99,7 +106,12 @@ class MgcaLoss(Objective):
     def further_terms(self, outputs: ModelOutputs) -> dict[str, Tensor]:
         """{"prototype_loss": ...}, weighted."""
         images, texts = (outputs.further[name] for name in ("image_prototype_logits", "text_prototype_logits"))
-        check_features("b k, b k", image_prototype_logits=images, text_prototype_logits=texts)
+        check_features(
+            "b p d, b k, b k",
+            patch_features=outputs.patch_features,
+            image_prototype_logits=images,
+            text_prototype_logits=texts,
+        )
         if self.prototype_weight == 0:
             return {"prototype_loss": zero_of(images, texts)}
         loss = (self._prediction_loss(images, texts) + self._prediction_loss(texts, images)) / 2
@@ -168,10 +180,15 @@ class MgcaHeads(nn.Module):
         embed_dim: D of all features.
         head_dim: of the one attention head; 128 in the SPARC paper.
         prototypes: K; 500 in the SPARC paper.
+
+    Raises:
+        TypeError, ValueError: a size that is not a whole number of at least 1.
     """
 
     def __init__(self, embed_dim: int, head_dim: int = 128, prototypes: int = 500) -> None:
         super().__init__()
+        check_whole_number("head_dim", head_dim, 1)
+        check_whole_number("prototypes", prototypes, 1)
         self.tokens_to_patches = CrossAttention(embed_dim, head_dim)
         self.patches_to_tokens = CrossAttention(embed_dim, head_dim)
         self.prototypes = nn.Parameter(torch.randn(prototypes, embed_dim))

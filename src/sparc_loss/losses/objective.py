@@ -221,6 +221,8 @@ class Objective(nn.Module):
             **bias,
             **others,
         )
+        if self.global_weight == 0:  # 0 times infinity is NaN
+            return {**terms, "contrastive_loss": zero_of(image_features, text_features, logit_scale, logit_bias)}
         return {**terms, "contrastive_loss": self.global_weight * terms["contrastive_loss"]}
 
     def _taken_from(self, others: dict[str, Tensor]) -> dict[str, Tensor]:

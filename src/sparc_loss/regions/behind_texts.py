@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc_loss.embeddings.image_size import model_image_size
+from sparc_loss.embeddings.vision import patch_extent
 
 _BITS = 64
 
@@ -25,11 +26,13 @@ class RegionSizes(NamedTuple):
         ids: number of token ids of a text, as the tokenizer returns it.
         length: L, of `token_features`.
         grid: rows and columns of the patches.
+        extent: the share of the image's height and width that they cover.
     """
 
     ids: int
     length: int
     grid: tuple[int, int]
+    extent: tuple[float, float] = (1.0, 1.0)
 
     @property
     def patches(self) -> int:
@@ -46,13 +49,15 @@ def sizes_for(model: Any) -> RegionSizes:
     """The sizes of a surfaced model."""
     # The first layer is in the precision of the input.
     stem = next(each for each in model.visual.modules() if isinstance(each, (nn.Conv2d, nn.Linear))).weight
-    training = model.training
+    size = model_image_size(model.visual)
+    training = [module for module in model.modules() if module.training]
     with torch.no_grad():
         model.eval()
-        _, grid = model.encode_patches(stem.new_zeros(1, 3, *model_image_size(model.visual)))
+        _, grid = model.encode_patches(stem.new_zeros(1, 3, *size))
         tokens, _ = model.encode_tokens(torch.zeros(1, model.context_length, dtype=torch.long, device=stem.device))
-        model.train(training)
-    return RegionSizes(model.context_length, tokens.shape[1], grid)
+    for module in training:
+        module.training = True
+    return RegionSizes(model.context_length, tokens.shape[1], grid, patch_extent(model.visual, size, grid))
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -92,5 +97,14 @@ def _taking_regions(surfaced: Any) -> type[nn.Module]:
             ids, mask = unpacked(text, sizes)
             return {**super().forward(image, ids), "region_mask": mask}
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # Another process makes the class anew.
+            return _new_taking_regions, (surfaced,), *super().__reduce_ex__(protocol)[2:]
+
     TakingRegions.__name__ = TakingRegions.__qualname__ = f"{surfaced.__name__}TakingRegions"
     return TakingRegions
+
+
+def _new_taking_regions(surfaced: Any) -> Any:
+    taking = _taking_regions(surfaced)
+    return taking.__new__(taking)

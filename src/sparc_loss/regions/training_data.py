@@ -96,8 +96,17 @@ class RegionSample:
         try:
             words = word_positions(self.tokenizer, self.caption, ids)
             positions = [[place for word in each.words for place in words[word]] for each in self.objects]
-            grid, length = self.sizes.grid, self.sizes.length
-            return packed(region_mask(self.boxes, positions, grid, length, share=self.share, words=self.words))
+            sizes = self.sizes
+            mask = region_mask(
+                self.boxes,
+                positions,
+                sizes.grid,
+                sizes.length,
+                share=self.share,
+                words=self.words,
+                extent=sizes.extent,
+            )
+            return packed(mask)
         except (ValueError, IndexError) as error:
             logger.warning(f"the boxes of the caption {self.caption!r} are left out of training: {error}")
             return self.without_boxes

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 
+from sparc_loss._files import check_output, whole_file
 from sparc_loss.embeddings.reading_names import READINGS
 from sparc_loss.evaluation.pairs_csv import DataError, line_of, read_pairs, separator_of
 from sparc_loss.functional import ALIGNMENTS
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
     if args.number < 1:
         parser.error(f"argument --number: {args.number} given; expected 1 or more")
     try:
+        check_output(args.output)
         pairs = [Pair(*each) for each in zip(args.pairs[::2], args.pairs[1::2], strict=True)]
         if args.data is not None:
             pairs = _first_pairs(args.data, args.number)
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> int:
         parts = model, preprocess, tokenizer
         aligned = [align(pair.image, pair.caption, *parts, objects=pair.objects, **options) for pair in pairs]
         _write(args.output, aligned, args.smooth)
+    except ImportError as error:
+        parser.error(f"what it needs cannot be imported ({error}); pip install 'sparc-loss[show]'")
     except (OSError, TypeError, ValueError) as error:
         logging.debug("", exc_info=error)
         parser.error(" ".join(str(error).split()))
@@ -148,7 +152,8 @@ def _output(path: str) -> Path:
 
 
 def _write(path: Path, aligned: list, smooth: bool) -> None:
-    if path.suffix.lower() in _PAGES:
-        path.write_text(alignment_page(aligned), encoding="utf-8")
-    else:
-        draw(aligned, smooth=smooth).savefig(path)
+    with whole_file(path) as draft:
+        if path.suffix.lower() in _PAGES:
+            draft.write_text(alignment_page(aligned), encoding="utf-8")
+        else:
+            draw(aligned, smooth=smooth).savefig(draft)

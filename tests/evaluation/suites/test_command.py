@@ -1,6 +1,7 @@
 """`sparc-loss evaluate --suite`: each benchmark on a made data set in its real layout, and what is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -206,6 +207,43 @@ def test_other_settings_are_measured_again(evaluate, tmp_path):
     after = records(tmp_path)["voc20"]
     assert after["figures"]["mean_iou"]["images"] == 1
     assert before["figures"]["mean_iou"]["images"] == 3
+
+
+def test_another_checkpoint_in_the_folder_of_the_model_is_measured_again(evaluate, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    name = f"local-dir:{tmp_path / 'model'}"
+    evaluate("voc20", model=name)
+    weights = tmp_path / "model" / "open_clip_pytorch_model.bin"
+    os.utime(weights, (0, 0))
+    _, printed = evaluate("voc20", model=name)
+    assert "known from an earlier run" not in printed.err
+    assert records(tmp_path)["voc20"]["settings"]["weights"][str(weights.resolve())]["modified"] == 0
+
+
+def test_suites_that_another_command_wrote_meanwhile_are_kept(evaluate, tmp_path, monkeypatch):
+    from sparc_loss.evaluation.suites import run as module
+
+    measure = module._measure
+
+    def measured(*arguments):
+        output = {"suites": {"coco": {"of": "another command"}}}
+        (tmp_path / "figures.json").write_text(json.dumps(output), encoding="utf-8")
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "_measure", measured)
+    evaluate("voc20")
+    assert list(records(tmp_path)) == ["coco", "voc20"]
+
+
+def test_an_output_that_cannot_be_written_any_more_does_not_lose_the_figures(evaluate, monkeypatch):
+    def no_space(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(command, "write_json", no_space)
+    code, printed = evaluate("voc20,coco")
+    assert code == 0
+    assert "figures.json cannot be written: No space left on device" in printed.err
+    assert "| coco " in printed.out
 
 
 def test_other_data_are_measured_again(evaluate, tmp_path):

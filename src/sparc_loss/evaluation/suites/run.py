@@ -54,6 +54,7 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
         ValueError: an unknown suite, a flag that no suite uses, a wrong value; DataError for data.
     """
     suites = [_suite(name) for name in args.suite.split(",")]
+    preset = args.protocol or "plain"
     changes = {name: getattr(args, name) for name in PROTOCOL_FIELDS if getattr(args, name) is not None}
     if "ignored_values" in changes:
         changes["ignored_values"] = tuple(changes["ignored_values"])
@@ -61,7 +62,7 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
         changes["classes"] = split_names(read_lines(args.classes))
     if templates is not None:
         changes["templates"] = tuple(templates)
-    _check_used(suites, changes)
+    _check_used(args, suites, changes)
     root = Path(args.data_root)
     if not root.is_dir():
         raise ValueError(
@@ -69,14 +70,14 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
         )
     tasks = []
     for suite in suites:
-        protocol = _protocol(suite, args.protocol, changes)
+        protocol = _protocol(suite, preset, changes)
         folder = DataFolder(root, suite, args.skip_missing)
         data = {part: _prepared(each, args.limit, protocol) for part, each in suite.read(folder).items()}
         settings = _settings(args, suite, protocol, templates, data)
         is_known = suite.name in known and known[suite.name].get("settings") == settings
         notes = [*folder.notes, *(note for each in data.values() for note in each.notes)]
-        if protocol is not None and protocol != suite.protocols[args.protocol]:
-            notes.append(f"the protocol differs from {args.protocol}, with which the published figures were taken")
+        if protocol is not None and protocol != suite.protocols[preset]:
+            notes.append(f"the protocol differs from {preset}, with which the published figures were taken")
         if protocol is not None and not is_known:
             from sparc_loss.evaluation.evaluate_windows import check_masks
 
@@ -135,11 +136,13 @@ def _suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def _check_used(suites: list[Suite], changes: Mapping[str, Any]) -> None:
+def _check_used(args: Namespace, suites: list[Suite], changes: Mapping[str, Any]) -> None:
     """Refuse a flag that would change nothing."""
     families = {family for suite in suites for family in suite.families}
     if any(suite.protocols for suite in suites):
         return
+    if args.protocol:
+        raise ValueError("argument --protocol: given, but none of the suites is of segmentation")
     for name in changes:
         if name == "templates":
             if "classification" not in families:
@@ -177,15 +180,14 @@ def _settings(
     settings["skip_missing"] = args.skip_missing
     settings["data_root"] = str(Path(args.data_root).resolve())
     settings["images"] = {part: len(each.images) for part, each in data.items()}
-    checkpoint = Path(args.pretrained) if args.pretrained else None
-    if checkpoint is not None and checkpoint.is_file():
-        status = checkpoint.stat()
-        settings["checkpoint"] = {"bytes": status.st_size, "modified": status.st_mtime}
+    settings["weights"] = {
+        str(path): {"bytes": path.stat().st_size, "modified": path.stat().st_mtime} for path in _files_of_model(args)
+    }
     if protocol is not None:
         settings["protocol"] = protocol.record()
         if protocol.templates is None:
             settings["protocol"]["templates"] = _openai_templates()
-        settings["preset"] = args.protocol
+        settings["preset"] = args.protocol or "plain"
     else:
         if "classification" in suite.families:
             settings["templates"] = templates or _openai_templates()
@@ -202,6 +204,14 @@ def _settings(
         **{name: import_module(name).__version__ for name in ("torch", "torchvision", "timm", "open_clip", "PIL")},
     }
     return json.loads(json.dumps(settings))
+
+
+def _files_of_model(args: Namespace) -> list[Path]:
+    """The checkpoint, and the folder of a model of one's own, by their whole paths."""
+    files = [Path(args.pretrained).expanduser()] if args.pretrained else []
+    if args.model.startswith("local-dir:"):
+        files += sorted(Path(args.model.removeprefix("local-dir:")).expanduser().glob("*"))
+    return [path.resolve() for path in files if path.is_file()]
 
 
 def _openai_templates() -> list[str]:

@@ -100,7 +100,7 @@ def class_names(file: str) -> Names:
 
 def split_names(lines: Iterable[str]) -> Names:
     """The names of each class, of lines such as "television, tv, screen"."""
-    return tuple(tuple(name.strip() for name in line.split(",")) for line in lines)
+    return tuple(tuple(name.strip() for name in line.split(",") if name.strip()) for line in lines)
 
 
 def segmentation_data(
