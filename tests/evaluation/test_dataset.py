@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_refused_with_file_and_line(folder, lines, messag
         ([{"phrase": "a", "box": [0, 0, 0, 1]}], "a box is empty"),
         ([{"phrase": "a", "box": [0, 2, 1, 1]}], "a box is empty"),
         ([{"phrase": "a", "box": [0, 0, 1]}], "not enough values"),
-        ([{"phrase": "a", "box": [0, 0, 1, float("nan")]}], "a box is empty"),
+        ([{"phrase": "a", "box": [0, 0, 1, float("nan")]}], "a box is not finite"),
         ([{"phrase": " ", "box": [0, 0, 1, 1]}], "a phrase is not a text"),
         ([{"box": [0, 0, 1, 1]}], "KeyError: 'phrase'"),
         ([{"phrase": "a", "box": [0, 0, 1, 1], "words": [2]}], "words are not positions in title.split(), 0 to 1"),
