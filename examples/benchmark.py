@@ -8,7 +8,7 @@ forward, what boxes cost the loader, how soon commands answer.
 
 Operations and bytes are counted and the same on every machine. Times are taken side by side: each round runs every
 implementation once, and a ratio is the median over rounds of two times of one round, with its quartiles. What takes
-long is measured in three rounds.
+long is measured in fewer rounds, three at least.
 
 Prints tables, and writes benchmark.json and benchmark.png (`--output`, runs/benchmark by default).
 """
