@@ -21,10 +21,13 @@ def test_a_file_takes_the_place_of_an_earlier_one(tmp_path):
 def test_what_fails_half_way_leaves_the_earlier_file_and_nothing_else(tmp_path):
     path = tmp_path / "words.png"
     path.write_text("earlier", encoding="utf-8")
-    writing = whole_file(path)
-    writing.__enter__().write_text("ha", encoding="utf-8")
-    error = OSError("No space left on device")
-    assert not writing.__exit__(OSError, error, None)
+
+    def write_half(draft):
+        draft.write_text("ha", encoding="utf-8")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), whole_file(path) as draft:
+        write_half(draft)
     assert (list(tmp_path.iterdir()), path.read_text(encoding="utf-8")) == ([path], "earlier")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparc_loss._arithmetic import l2_normalised
-from sparc_loss._checks import check_features, check_whole_number
+from sparc_loss._checks import check_features, check_mask, check_whole_number
 from sparc_loss._masks import usable_patches, valid_tokens, zero_where_masked
 from sparc_loss._nearest import own_is_nearest
 from sparc_loss.functional import (
@@ -58,7 +58,12 @@ def alignment_diagnostics(
         TypeError, ValueError: as `functional.fine_grained_loss`.
     """
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
-    valid_tokens(token_features, patch_features, token_mask, patch_mask, region_mask)
+    sizes, patches = token_features.shape[:2], patch_features.shape[1]
+    check_mask("token_mask", token_mask, sizes, "b l", token_features.device)
+    if patch_mask is not None:
+        check_mask("patch_mask", patch_mask, (sizes[0], patches), "b p", token_features.device)
+    if region_mask is not None:
+        check_mask("region_mask", region_mask, (*sizes, patches), "b l p", token_features.device)
     check_whole_number("pairs", pairs, 1)
     patch_features, token_features, token_mask = patch_features[:pairs], token_features[:pairs], token_mask[:pairs]
     patch_mask = None if patch_mask is None else patch_mask[:pairs]

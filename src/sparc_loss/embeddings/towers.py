@@ -48,14 +48,15 @@ def _surfaced_class(plain: Any, forward_with_embeddings: Callable[..., tuple]) -
         return forward_with_embeddings(self, *inputs) if with_embeddings else plain.forward(self, *inputs, **named)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        # Another process makes the class anew.
-        return _new_surfaced, (plain, forward_with_embeddings), *plain.__reduce_ex__(self, protocol)[2:]
+        made_by = _surfaced_class, plain, forward_with_embeddings
+        return new_of_class, made_by, *plain.__reduce_ex__(self, protocol)[2:]
 
     name = f"Surfaced{plain.__name__}"
     members = {"forward": forward, "plain_class": plain, "__reduce_ex__": reduce, "__module__": __name__}
     return type(name, (SurfacedTower, plain), members)
 
 
-def _new_surfaced(plain: Any, forward_with_embeddings: Callable[..., tuple]) -> Any:
-    surfaced = _surfaced_class(plain, forward_with_embeddings)
-    return surfaced.__new__(surfaced)
+def new_of_class(make: Callable[..., Any], *arguments: Any) -> Any:
+    """An empty object of the class that `make` makes, for pickle: another process does not have that class yet."""
+    made = make(*arguments)
+    return made.__new__(made)

@@ -40,7 +40,8 @@ def highest_patch_loss_and_gradients(
 ) -> tuple[Tensor, Gradients] | None:
     """See `fused.function.LossAndGradients`; `images` is 1 + K. None if a token has several highest patches."""
     dtype = full_precision_dtype(patch_features, token_features)
-    if patch_mask is not None and not patch_mask.any(dim=1).all():
+    has_patch = None if patch_mask is None else patch_mask.any(dim=1)
+    if has_patch is not None and not has_patch.all():
         # A word stands with a masked patch where its image has no other, and NaN there is NaN times a gradient of 0.
         patch_features = zero_where_masked(patch_features, patch_mask)
     batch, patches, dim = patch_features.shape
@@ -67,7 +68,7 @@ def highest_patch_loss_and_gradients(
                 scores[:, k].index_add_(0, captions[part], (unit * c_unit).sum(dim=-1) * share_of_word[part])
         is_caption = numbers > 0
         share = share_of_caption(is_caption, settings.alignment.reduction, dtype)
-        without_patch = None if patch_mask is None else ~patch_mask.any(dim=1)[others]
+        without_patch = None if has_patch is None else ~has_patch[others]
         loss, grad_scores, grad_scale = contrast(scores, scale, is_caption, without_patch, direction, share)
 
         grad_patches = torch.zeros(batch * patches, dim, dtype=dtype) if wanted[0] else None

@@ -13,6 +13,7 @@ import torch
 from open_clip_train.precision import get_autocast
 from torch import Tensor
 
+from sparc_loss.embeddings.modes import evaluation_mode
 from sparc_loss.evaluation import ImageDependence, image_dependence, mean_image_dependence
 from sparc_loss.model_loading import preprocessing_of
 from sparc_loss.monitoring.validation_pairs import (
@@ -80,16 +81,10 @@ def measure_validation_pairs(model: Any, args: Namespace, number: int | None = N
     """
     model = unwrapped(model)
     preprocess = preprocessing_of(model)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with random_state_kept(), torch.inference_mode():
-            model.eval()
-            # Preprocessed one by one: many decoded photographs would fill the memory.
-            pairs = ((preprocess(image), caption) for image, caption in validation_pairs(args, number or PROBED_PAIRS))
-            return mean_image_dependence(list(_measured_by_batch(model, pairs, args)))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with random_state_kept(), torch.inference_mode(), evaluation_mode(model):
+        # Preprocessed one by one: many decoded photographs would fill the memory.
+        pairs = ((preprocess(image), caption) for image, caption in validation_pairs(args, number or PROBED_PAIRS))
+        return mean_image_dependence(list(_measured_by_batch(model, pairs, args)))
 
 
 def _measured_by_batch(model: Any, pairs: Iterator[tuple[Tensor, str]], args: Namespace) -> Iterator[ImageDependence]:

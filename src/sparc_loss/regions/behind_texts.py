@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparc_loss.embeddings.image_size import model_image_size
+from sparc_loss.embeddings.modes import evaluation_mode
+from sparc_loss.embeddings.towers import new_of_class
 from sparc_loss.embeddings.vision import patch_extent
 
 _BITS = 64
@@ -50,13 +52,9 @@ def sizes_for(model: Any) -> RegionSizes:
     # The first layer is in the precision of the input.
     stem = next(each for each in model.visual.modules() if isinstance(each, (nn.Conv2d, nn.Linear))).weight
     size = model_image_size(model.visual)
-    training = [module for module in model.modules() if module.training]
-    with torch.no_grad():
-        model.eval()
+    with torch.no_grad(), evaluation_mode(model):
         _, grid = model.encode_patches(stem.new_zeros(1, 3, *size))
         tokens, _ = model.encode_tokens(torch.zeros(1, model.context_length, dtype=torch.long, device=stem.device))
-    for module in training:
-        module.training = True
     return RegionSizes(model.context_length, tokens.shape[1], grid, patch_extent(model.visual, size, grid))
 
 
@@ -98,13 +96,7 @@ def _taking_regions(surfaced: Any) -> type[nn.Module]:
             return {**super().forward(image, ids), "region_mask": mask}
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            # Another process makes the class anew.
-            return _new_taking_regions, (surfaced,), *super().__reduce_ex__(protocol)[2:]
+            return new_of_class, (_taking_regions, surfaced), *super().__reduce_ex__(protocol)[2:]
 
     TakingRegions.__name__ = TakingRegions.__qualname__ = f"{surfaced.__name__}TakingRegions"
     return TakingRegions
-
-
-def _new_taking_regions(surfaced: Any) -> Any:
-    taking = _taking_regions(surfaced)
-    return taking.__new__(taking)

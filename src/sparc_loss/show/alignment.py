@@ -12,6 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from sparc_loss.embeddings.modes import evaluation_mode
 from sparc_loss.embeddings.reading_names import Reading
 from sparc_loss.embeddings.surface import Surfaced, restore, surface_embeddings
 from sparc_loss.embeddings.vision import patch_size
@@ -143,13 +144,10 @@ def _ready(model: Any, tokenizer: Any) -> Iterator[None]:
     was_surfaced = isinstance(model, Surfaced)
     if not was_surfaced:
         surface_embeddings(model, tokenizer)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         if not was_surfaced:
             restore(model)
 

@@ -13,24 +13,19 @@ the mean over relations, their notebook of VG-Relation leaves out those in aro_r
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from importlib.resources import files
 from typing import Any
 
 from sparc_loss.evaluation.dataset import EvaluationData
 from sparc_loss.evaluation.suites.json_files import fields_of, read_json
-from sparc_loss.evaluation.suites.suite import DataFolder, Suite
+from sparc_loss.evaluation.suites.suite import DataFolder, Suite, package_lines
 
 
 def _read(folder: DataFolder) -> Mapping[str, EvaluationData]:
+    left_out = frozenset(package_lines("aro_relations_left_out.txt"))
     return {
-        "relation": _read_part(folder, "relation", lambda row: row["relation_name"], _relations_left_out()),
+        "relation": _read_part(folder, "relation", lambda row: row["relation_name"], left_out),
         "attribution": _read_part(folder, "attribution", lambda row: "_".join(row["attributes"]), least=25),
     }
-
-
-def _relations_left_out() -> list[str]:
-    text = (files("sparc_loss.evaluation.suites") / "aro_relations_left_out.txt").read_text("utf-8")
-    return text.splitlines()
 
 
 def _read_part(

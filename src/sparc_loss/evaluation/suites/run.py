@@ -54,7 +54,6 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
         ValueError: an unknown suite, a flag that no suite uses, a wrong value; DataError for data.
     """
     suites = [_suite(name) for name in args.suite.split(",")]
-    preset = args.protocol or "plain"
     changes = {name: getattr(args, name) for name in PROTOCOL_FIELDS if getattr(args, name) is not None}
     if "ignored_values" in changes:
         changes["ignored_values"] = tuple(changes["ignored_values"])
@@ -63,6 +62,7 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
     if templates is not None:
         changes["templates"] = tuple(templates)
     _check_used(args, suites, changes)
+    args.protocol = args.protocol or "plain"
     root = Path(args.data_root)
     if not root.is_dir():
         raise ValueError(
@@ -70,14 +70,14 @@ def plan(args: Namespace, known: Mapping[str, Any], templates: list[str] | None)
         )
     tasks = []
     for suite in suites:
-        protocol = _protocol(suite, preset, changes)
+        protocol = _protocol(suite, args.protocol, changes)
         folder = DataFolder(root, suite, args.skip_missing)
         data = {part: _prepared(each, args.limit, protocol) for part, each in suite.read(folder).items()}
         settings = _settings(args, suite, protocol, templates, data)
         is_known = suite.name in known and known[suite.name].get("settings") == settings
         notes = [*folder.notes, *(note for each in data.values() for note in each.notes)]
-        if protocol is not None and protocol != suite.protocols[preset]:
-            notes.append(f"the protocol differs from {preset}, with which the published figures were taken")
+        if protocol is not None and protocol != suite.protocols[args.protocol]:
+            notes.append(f"the protocol differs from {args.protocol}, with which the published figures were taken")
         if protocol is not None and not is_known:
             from sparc_loss.evaluation.evaluate_windows import check_masks
 
@@ -180,14 +180,12 @@ def _settings(
     settings["skip_missing"] = args.skip_missing
     settings["data_root"] = str(Path(args.data_root).resolve())
     settings["images"] = {part: len(each.images) for part, each in data.items()}
-    settings["weights"] = {
-        str(path): {"bytes": path.stat().st_size, "modified": path.stat().st_mtime} for path in _files_of_model(args)
-    }
+    settings["weights"] = _states_of_files(args)
     if protocol is not None:
         settings["protocol"] = protocol.record()
         if protocol.templates is None:
             settings["protocol"]["templates"] = _openai_templates()
-        settings["preset"] = args.protocol or "plain"
+        settings["preset"] = args.protocol
     else:
         if "classification" in suite.families:
             settings["templates"] = templates or _openai_templates()
@@ -206,12 +204,13 @@ def _settings(
     return json.loads(json.dumps(settings))
 
 
-def _files_of_model(args: Namespace) -> list[Path]:
-    """The checkpoint, and the folder of a model of one's own, by their whole paths."""
+def _states_of_files(args: Namespace) -> dict[str, dict[str, float]]:
+    """Of the checkpoint and of the folder of a model of one's own: whole path -> size and time of change."""
     files = [Path(args.pretrained).expanduser()] if args.pretrained else []
     if args.model.startswith("local-dir:"):
         files += sorted(Path(args.model.removeprefix("local-dir:")).expanduser().glob("*"))
-    return [path.resolve() for path in files if path.is_file()]
+    states = {str(path.resolve()): path.stat() for path in files if path.is_file()}
+    return {path: {"bytes": state.st_size, "modified": state.st_mtime} for path, state in states.items()}
 
 
 def _openai_templates() -> list[str]:

@@ -94,8 +94,12 @@ class Suite:
 @cache
 def class_names(file: str) -> Names:
     """The names of classes in a file of this package: a class per line, its names separated by commas."""
-    text = (files("sparc_loss.evaluation.suites") / "classes" / f"{file}.txt").read_text("utf-8")
-    return split_names(text.splitlines())
+    return split_names(package_lines(f"classes/{file}.txt"))
+
+
+def package_lines(file: str) -> list[str]:
+    """The lines of a text file of this package."""
+    return (files("sparc_loss.evaluation.suites") / file).read_text("utf-8").splitlines()
 
 
 def split_names(lines: Iterable[str]) -> Names:
