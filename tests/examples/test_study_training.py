@@ -29,14 +29,15 @@ class Model(nn.Module):
         return {"patch_features": images, "texts": texts, "total": self.matrix.sum() + self.logit_scale}
 
 
-class Loss:
+class Loss(nn.Module):
     """Its value is the number of the step."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.fine_grained_weight = 0.3
         self.weights, self.images, self.texts = [], [], []
 
-    def __call__(self, patch_features: Tensor, texts: Tensor, total: Tensor) -> Tensor:
+    def forward(self, patch_features: Tensor, texts: Tensor, total: Tensor) -> Tensor:
         self.weights.append(self.fine_grained_weight)
         self.images.append((255 * patch_features[:, 0, 0, 0]).round().long().tolist())
         self.texts.append(texts[:, 0].tolist())
