@@ -408,6 +408,11 @@ REFUSED = [
     ({"patch_features": [[0.0]]}, TypeError, "patch_features is a list; expected a tensor [B, P, D]"),
     ({"patch_features": PATCHES[0]}, ValueError, "patch_features has shape [5, 4]; expected rank 3, [B, P, D]"),
     (
+        {"patch_features": PATCHES[:, :0]},
+        ValueError,
+        f"patch_features has P = 0 in shape {[len(PATCHES), 0, 4]}; expected at least 1",
+    ),
+    (
         {"token_features": TOKENS.long()},
         TypeError,
         "token_features has dtype torch.int64; expected a floating-point tensor [B, L, D]",
@@ -464,7 +469,7 @@ def test_bad_input_is_refused_by_name(changed: dict, error: type[Exception], mes
 
 
 def test_similarities_without_a_patch_are_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("similarity has shape [2, 3, 0]; expected at least one patch")):
+    with pytest.raises(ValueError, match=re.escape("similarity has P = 0 in shape [2, 3, 0]; expected at least 1")):
         alignment_weights(torch.zeros(2, 3, 0))
 
 

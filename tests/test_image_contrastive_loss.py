@@ -387,7 +387,7 @@ def test_features_of_any_magnitude_give_a_finite_loss(loss: Callable[..., Tensor
         ({"image_negatives": 1.0}, TypeError, "image_negatives is 1.0 (float); expected a whole number"),
         ({"image_negatives": True}, TypeError, "image_negatives is True (bool); expected a whole number"),
         ({"patch_features": torch.zeros(5, 4)}, ValueError, "patch_features has shape [5, 4]; expected rank 3"),
-        ({"patch_features": torch.zeros(3, 0, 4)}, ValueError, "expected at least one patch"),
+        ({"patch_features": torch.zeros(3, 0, 4)}, ValueError, "patch_features has P = 0 in shape [3, 0, 4]"),
         ({"token_features": torch.zeros(2, 3, 4)}, ValueError, "token_features has B = 2 in shape [2, 3, 4], patch"),
         ({"token_mask": torch.ones(3, 3)}, TypeError, "token_mask has dtype torch.float32; expected torch.bool"),
         ({"patch_mask": torch.ones(3, 3).bool()}, ValueError, "patch_mask has shape [3, 3]; expected [B, P] = [3, 5]"),

@@ -168,7 +168,11 @@ def test_validation_that_would_end_the_first_epoch_is_refused(folder, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "0.png").touch()
     (tmp_path / "val.csv").write_text(f"filepath\ttitle\n{rows}", encoding="utf-8")
-    assert message in refused(capsys, folder, "refused", "--loss", "sparc", "--val-data", "val.csv")
+    flags = ("--loss", "sparc", "--val-data", "val.csv")
+    assert message in refused(capsys, folder, "refused", *flags)
+    # Not if it is never measured: what follows is refused.
+    flags = (*flags, "--val-frequency", "0", "--resume", "none.pt")
+    assert "argument --resume: there is no file 'none.pt'" in refused(capsys, folder, "refused", *flags)
 
 
 @only_open_clip_3
@@ -431,8 +435,8 @@ def test_the_checkpoint_that_resume_latest_takes_is_the_one_that_is_checked(
             path.write_bytes(path.read_bytes()[:1000])
     args = Namespace(resume="latest", remote_sync=None, save_most_recent=most_recent)
     if refused is None:
-        launcher._check_checkpoint(ArgumentParser(), args, tmp_path)
+        launcher._check_checkpoint(ArgumentParser(), args, tmp_path, heads=None, world_size=1)
         return
     with pytest.raises(SystemExit):
-        launcher._check_checkpoint(ArgumentParser(), args, tmp_path)
+        launcher._check_checkpoint(ArgumentParser(), args, tmp_path, heads=None, world_size=1)
     assert f"{refused} is truncated or corrupt" in capsys.readouterr().err

@@ -45,11 +45,11 @@ def check_features(shapes: str, **features: Tensor) -> None:
     """Check floating-point tensors against `shapes`, one comma-separated symbolic shape per tensor.
 
     `check_features("b p d, b l d", patch_features=v, token_features=t)` requires two tensors of rank 3 whose
-    first and last sizes agree, on one device.
+    first and last sizes agree, on one device. P and D, the numbers of patches and of features, are at least 1.
 
     Raises:
         TypeError: a value is not a tensor of a floating-point dtype.
-        ValueError: a tensor has another rank, a size that disagrees, or is on another device.
+        ValueError: a tensor has another rank, a size that disagrees, no patch or feature, or is on another device.
     """
     sizes: dict[str, tuple[int, str]] = {}
     first_name, first_device = None, None
@@ -98,6 +98,8 @@ def _check_shape(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str
     if tensor.ndim != len(axes):
         raise ValueError(f"{name} has shape {list(tensor.shape)}; expected rank {len(axes)}, {_spelled(axes)}")
     for axis, size in zip(axes, tensor.shape, strict=True):
+        if size == 0 and axis in ("p", "d"):
+            raise ValueError(f"{name} has {axis.upper()} = 0 in shape {list(tensor.shape)}; expected at least 1")
         known_size, known_name = sizes.setdefault(axis, (size, name))
         if size != known_size:
             raise ValueError(

@@ -118,8 +118,6 @@ def alignment_weights(
     check_choice("alignment", alignment, ALIGNMENTS)
     if threshold is not None:
         check_number("threshold", threshold, 0, 1)
-    if similarity.shape[-1] == 0:
-        raise ValueError(f"similarity has shape {list(similarity.shape)}; expected at least one patch")
     similarity = full_precision(similarity)
     usable = usable_patches(similarity.shape, similarity.device, patch_mask, region_mask)
     # A row without a usable patch is computed with all patches and zeroed at the end, so that the gradient has no 0/0.

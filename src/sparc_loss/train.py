@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         args = open_clip_parse_args(rest)
         vars(args).update(vars(loss_args))
         with _logging_untouched():
-            _check_run(parser, args)
+            _check_run(parser, args, plugin)
             _check_args_of_loss(parser, args, plugin)
         return args
 
@@ -109,7 +109,7 @@ def _load_plugin(parser: ArgumentParser, name: str) -> LossPlugin | None:
     return plugin
 
 
-def _check_run(parser: ArgumentParser, args: Namespace) -> None:
+def _check_run(parser: ArgumentParser, args: Namespace, plugin: LossPlugin | None) -> None:
     """Before anything is written, reject errors that open_clip would report late, or not at all."""
     from open_clip_train.distributed import world_info_from_env
 
@@ -127,10 +127,11 @@ def _check_run(parser: ArgumentParser, args: Namespace) -> None:
             if table is None:
                 continue
             if flag == "--val-data":
-                _check_validation_pairs(parser, args, table)
+                if args.val_frequency:  # else nothing is measured on them
+                    _check_validation_pairs(parser, args, table)
             elif not getattr(args, "use_naflex", False):
                 _check_steps(parser, args, len(table), world_size)
-    _check_checkpoint(parser, args, log.parent)
+    _check_checkpoint(parser, args, log.parent, getattr(plugin, "heads", None), world_size)
     if args.loss_dist_impl in registered_losses():
         # `--los sparc` lands there: argparse takes an unambiguous abbreviation for the whole flag.
         parser.error(
@@ -241,9 +242,12 @@ def _check_steps(parser: ArgumentParser, args: Namespace, pairs: int, world_size
         )
 
 
-def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> None:
+def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path, heads: str | None, world_size: int) -> None:
+    """Reject a checkpoint that cannot be resumed, which open_clip would find out after it has made the folder."""
     import torch
     from open_clip_train.main import LATEST_CHECKPOINT_NAME, get_latest_checkpoint
+
+    from sparc_loss.plugins.learned_heads import check_heads
 
     path = args.resume
     if path is None or args.remote_sync or "://" in path:
@@ -262,7 +266,7 @@ def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> Non
     is_zip = zipfile.is_zipfile(path)
     try:
         # This reads only the structure of a zip: tensors of the meta device have no values.
-        torch.load(path, map_location="meta", weights_only=True, mmap=is_zip or None)
+        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=is_zip or None)
     except Exception as error:
         if is_zip and isinstance(error, pickle.UnpicklingError):
             parser.error(
@@ -272,6 +276,11 @@ def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path) -> Non
             f"argument --resume: {path} is truncated or corrupt ({type(error).__name__}), as when a run ends or a "
             "disk is full while it is written; remove it to go on from the one before"
         )
+    try:
+        # Without "state_dict" it is one itself, as open_clip takes it.
+        check_heads(checkpoint.get("state_dict", checkpoint), heads, world_size)
+    except ValueError as error:
+        parser.error(f"argument --resume: {path} {error}")
 
 
 if __name__ == "__main__":

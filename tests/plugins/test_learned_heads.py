@@ -10,7 +10,7 @@ from tiny_tokenizers import bert
 
 from sparc_loss import surface_embeddings
 from sparc_loss.losses import FlairHeads, FlairLoss, MgcaHeads, MgcaLoss
-from sparc_loss.plugins.learned_heads import add_heads
+from sparc_loss.plugins.learned_heads import add_heads, check_heads
 
 MODELS = [clip, custom_text_clip]
 
@@ -109,3 +109,31 @@ def test_a_state_dict_without_heads_is_refused_by_the_missing_names(lost):
     model = prepared()
     with pytest.raises(RuntimeError, match=r'Missing key.*"mgca_heads.prototypes"'):
         model.load_state_dict(lost(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "heads", "world_size", "message"),
+    [
+        (clip, None, 1, None),
+        (prepared, "mgca_heads", 1, None),
+        (lambda: in_a_wrapper(prepared()), "mgca_heads", 2, None),
+        (clip, "mgca_heads", 1, r"has no parameters of mgca_heads; expected .* the same --loss, or --pretrained"),
+        (prepared, "flair_heads", 1, r"has the parameters of mgca_heads, which this loss has not; expected"),
+        (prepared, None, 1, r"has the parameters of mgca_heads, which this loss has not; expected"),
+        (lambda: in_a_wrapper(prepared()), "mgca_heads", 1, r"is of several processes, .*; expected several"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_resumed_is_refused_before_a_model_is_made(model, heads, world_size, message):
+    state_dict = saved_and_loaded(model().state_dict())
+    if message is None:
+        check_heads(state_dict, heads, world_size)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_heads(state_dict, heads, world_size)
+
+
+def in_a_wrapper(model):
+    """Its keys begin with "module.", as those of DistributedDataParallel."""
+    wrapper = torch.nn.Module()
+    wrapper.add_module("module", model)
+    return wrapper

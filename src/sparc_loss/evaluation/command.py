@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 
 PROG = "sparc-loss evaluate"
 LOSS_SETTINGS = ("sparc_threshold", "sparc_alignment", "sparc_fine_grained_scale", "sparc_tokens")
+OF_DATA = {
+    "csv_separator": None,
+    "csv_img_key": "filepath",
+    "csv_caption_key": "title",
+    "sparc_threshold": None,
+    "sparc_alignment": None,
+    "sparc_fine_grained_scale": None,
+}
+"""Flags for --data alone, and their defaults."""
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 
 
@@ -282,6 +291,9 @@ def _check(args: Namespace) -> None:
     for name in ("data_root", "limit", "protocol", "skip_missing", *PROTOCOL_FIELDS):
         if args.data and name not in ("reading", "background_threshold") and flags[name] not in (None, False):
             raise ValueError(f"argument --{name.replace('_', '-')}: given with --data; it is for --suite only")
+    for name, default in OF_DATA.items():
+        if args.suite and flags[name] != default:
+            raise ValueError(f"argument --{name.replace('_', '-')}: given with --suite; it is for --data only")
     for name, minimum, maximum in (
         ("batch_size", 1, float("inf")),
         ("workers", 0, float("inf")),

@@ -37,8 +37,6 @@ def fused_loss(
 ) -> Tensor:
     """Check the arguments and compute the loss; see `fused.fine_grained_loss` for the arguments and the errors."""
     check_features("b p d, b l d", patch_features=patch_features, token_features=token_features)
-    if patch_features.shape[1] == 0:
-        raise ValueError(f"patch_features has shape {list(patch_features.shape)}; expected at least one patch")
     masks = valid_tokens(token_features, patch_features, token_mask, patch_mask, region_mask), patch_mask, region_mask
     check_scale(logit_scale)
     if not isinstance(logit_scale, Tensor):

@@ -8,11 +8,11 @@ them from there.
 
 A state_dict that was copied into another dict has lost them: loading it into a model with heads fails and names the
 missing keys. open_clip copies it where one process resumes a run of several. A checkpoint of another loss has none
-either, and the state of the optimizer fits only the loss it comes from. To change from one loss to another, start with
-`--pretrained`, not `--resume`.
+either, and the state of the optimizer fits only the loss it comes from. The launcher refuses both before it starts
+(`check_heads`). To change from one loss to another, start with `--pretrained`, not `--resume`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,31 @@ def add_heads(model: Any, name: str, make: Callable[[int], nn.Module]) -> Any:
     model.add_module(name, heads)
     model.register_forward_hook(partial(_with_outputs_of, name))
     return model
+
+
+def check_heads(state_dict: Mapping[str, Any], name: str | None, world_size: int) -> None:
+    """Raise ValueError where a model of this loss could not resume from a checkpoint's state_dict.
+
+    Args:
+        state_dict: of a checkpoint of open_clip's training, with its metadata.
+        name: of the submodule that the loss adds, such as "mgca_heads"; None if it adds none.
+        world_size: number of processes that resume.
+    """
+    metadata = getattr(state_dict, "_metadata", {})
+    found = {key.removeprefix("module."): key for key, entry in metadata.items() if "parameters" in entry}
+    for other in found:
+        if other != name:
+            raise ValueError(f"has the parameters of {other}, which this loss has not; {_SAME_LOSS}")
+    if name is not None and name not in found:
+        raise ValueError(f"has no parameters of {name}; {_SAME_LOSS}")
+    if name is not None and world_size == 1 and found[name].startswith("module."):
+        raise ValueError(
+            f"is of several processes, and open_clip would lose its parameters of {name} in one process; expected "
+            "several processes again, or --pretrained, with which they are learned anew"
+        )
+
+
+_SAME_LOSS = "expected a checkpoint of a run with the same --loss, or --pretrained to change the loss"
 
 
 def _with_outputs_of(name: str, model: Any, inputs: tuple, output: Any) -> Any:

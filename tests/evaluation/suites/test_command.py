@@ -491,6 +491,20 @@ def test_flags_of_suites_with_a_csv(capsys, tmp_path):
         assert line.endswith(f"argument {flag}: given with --data; it is for --suite only")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--csv-img-key", "image"), ("--csv-separator", ";"), ("--sparc-threshold", "0.5")],
+)
+def test_flags_of_a_csv_with_suites(refusal, no_model, flag, value):
+    assert refusal("coco", flag, value) == f"argument {flag}: given with --suite; it is for --data only"
+
+
+def test_nouns_and_adjectives_for_suites_without_k_precision(refusal, tmp_path, no_model):
+    (tmp_path / "words.txt").write_text("red\n", encoding="utf-8")
+    line = refusal("voc20", **{"nouns-and-adjectives": tmp_path / "words.txt"})
+    assert line == "argument --nouns-and-adjectives: given, but none of the suites has K-Precision"
+
+
 def test_a_reading_or_a_window_that_the_tower_does_not_take(evaluate, tmp_path, capsys):
     write_model(tmp_path / "resnet", RESNET_CONFIG)
     resnet = f"local-dir:{tmp_path / 'resnet'}"

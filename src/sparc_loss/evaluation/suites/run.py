@@ -139,6 +139,8 @@ def _suite(name: str) -> Suite:
 def _check_used(args: Namespace, suites: list[Suite], changes: Mapping[str, Any]) -> None:
     """Refuse a flag that would change nothing."""
     families = {family for suite in suites for family in suite.families}
+    if args.nouns_and_adjectives and "faithfulness" not in families:
+        raise ValueError("argument --nouns-and-adjectives: given, but none of the suites has K-Precision")
     if any(suite.protocols for suite in suites):
         return
     if args.protocol:
