@@ -52,3 +52,19 @@ def test_where_no_file_can_be_written_is_refused(tmp_path):
         ):
             check_output(path)
     check_output(tmp_path / "figures.json")
+
+
+def test_an_input_is_not_written_over(tmp_path):
+    data, link = tmp_path / "data.csv", tmp_path / "link.csv"
+    data.touch()
+    link.symlink_to(data)
+    check_output(tmp_path / "figures.json", data, None, "a tag of open_clip")
+    with pytest.raises(ValueError, match=r"link\.csv' is also an input, which would be lost; expected a file"):
+        check_output(link, None, data)
+
+
+def test_a_name_as_long_as_a_disk_allows_can_be_written(tmp_path):
+    path = tmp_path / ("x" * 250 + ".json")
+    with whole_file(path) as draft:
+        draft.write_text("new", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "new"

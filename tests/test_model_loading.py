@@ -203,6 +203,20 @@ def test_python_objects_beside_tensors_are_refused_with_a_cure_that_works(folder
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
+def test_a_file_that_torch_did_not_write_is_not_recommended_to_be_trusted(folder, tmp_path):
+    (tmp_path / "train.csv").write_text("filepath,title\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be loaded: ") as refused:
+        load_model(completed("--model", f"local-dir:{folder / 'model'}", "--pretrained", tmp_path / "train.csv"))
+    assert "trust" not in str(refused.value)
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(folder):
+    args = completed("--model", f"local-dir:{folder / 'model'}")
+    args.device = "banana"
+    with pytest.raises(ValueError, match=r"argument --device: 'banana' cannot be used .*; expected one that torch"):
+        load_model(args)
+
+
 def test_a_reason_is_one_line_of_bounded_length():
     assert why_not_loaded("x.pt", RuntimeError("a\n  b")) == "RuntimeError: a b"
     assert len(why_not_loaded("x.pt", RuntimeError("word " * 200))) < 330

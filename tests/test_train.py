@@ -433,10 +433,31 @@ def test_the_checkpoint_that_resume_latest_takes_is_the_one_that_is_checked(
         torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
         if not is_whole:
             path.write_bytes(path.read_bytes()[:1000])
-    args = Namespace(resume="latest", remote_sync=None, save_most_recent=most_recent)
+    args = Namespace(
+        resume="latest", remote_sync=None, save_most_recent=most_recent, train_data="x.csv", dataset_type="csv"
+    )
+    checkpoint = launcher._checkpoint_to_resume(ArgumentParser(), args, tmp_path)
     if refused is None:
-        launcher._check_checkpoint(ArgumentParser(), args, tmp_path, heads=None, world_size=1)
+        if checkpoint is not None:
+            launcher._check_checkpoint(ArgumentParser(), args, checkpoint, plugin=None, world_size=1)
         return
     with pytest.raises(SystemExit):
-        launcher._check_checkpoint(ArgumentParser(), args, tmp_path, heads=None, world_size=1)
+        launcher._check_checkpoint(ArgumentParser(), args, checkpoint, plugin=None, world_size=1)
     assert f"{refused} is truncated or corrupt" in capsys.readouterr().err
+
+
+def test_checkpoints_that_open_clip_would_not_find_are_not_written_over(tmp_path, capsys):
+    """It looks for them by a pattern, in which the name of the run is not quoted."""
+    run = tmp_path / "run[1]"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"epoch": 1}, run / "checkpoints" / "epoch_1.pt")
+    args = Namespace(resume="latest", remote_sync=None, save_most_recent=False)
+    with pytest.raises(SystemExit):
+        launcher._checkpoint_to_resume(ArgumentParser(), args, run)
+    assert "run[1]/checkpoints', because of the characters [, * or ?" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_checkpoint_is_refused(folder, tmp_path, capsys):
+    torch.save([1], tmp_path / "list.pt")
+    line = refused(capsys, folder, "refused", "--resume", str(tmp_path / "list.pt"))
+    assert line.endswith(f"argument --resume: {tmp_path / 'list.pt'} holds a list; expected a checkpoint")

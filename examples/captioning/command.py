@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from sparc_loss.evaluation.dataset import EvaluationData, read_data, read_lines
+from sparc_loss.evaluation.faithfulness import caption_words
 from sparc_loss.evaluation.image_batches import image_batches
 
 from ..downstream.backbone import Backbone, load_backbone
@@ -41,6 +42,9 @@ def _caption(args: Namespace) -> Measures:
     train, test = read_data(args.train_data, columns=()), read_data(args.test_data, columns=())
     if len(test.images) < 2:
         raise ValueError(f"{args.test_data} has {len(test.images)} image; expected two or more, which CIDEr compares")
+    for path, data in ((args.train_data, train), (args.test_data, test)):
+        if not any(caption_words(caption) for caption in data.captions):
+            raise ValueError(f"{path} has no caption with a word; expected some")
     references = [[test.captions[caption] for caption in captions] for captions in test.captions_of()]
     backbone = load_backbone(args)
     captioner, vocabulary = train_captioner(backbone, train, **training_settings(args))

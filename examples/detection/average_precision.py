@@ -53,7 +53,9 @@ def average_precision(
             target = {"boxes": true, "labels": numbers}
             metric.update([predictions(logits[image].cpu(), boxes[image].cpu() * pixels)], [target])
     result = metric.compute()
-    of_names = dict(zip(result["classes"].tolist(), result["map_per_class"].tolist(), strict=True))
+    # Of a single class they have no axis.
+    numbers, precisions = (result[name].reshape(-1).tolist() for name in ("classes", "map_per_class"))
+    of_names = dict(zip(numbers, precisions, strict=True))
     groups: dict[bool, list[float]] = {True: [], False: []}
     for number, name in enumerate(names):
         groups[name in trained].append(of_names[number])

@@ -10,6 +10,7 @@ import torch
 
 from sparc_loss import __version__
 from sparc_loss._checks import check_number
+from sparc_loss._files import check_output
 from sparc_loss.evaluation.command import write_json
 from sparc_loss.model_loading import add_model_flags, complete_from_run
 
@@ -43,6 +44,8 @@ def run_command(parser: ArgumentParser, argv: Sequence[str] | None, work: Callab
         args.precision = "fp32"
         complete_from_run(parser.prog, args)
         measures = work(args)
+        for name, value in measures.items():
+            print(f"{name:<36} {'-' if value is None else value if isinstance(value, int) else f'{value:.3f}'}")
         if args.output:
             arguments = {name: value for name, value in vars(args).items() if name != "output"}
             record = {"sparc_loss": __version__, "arguments": arguments, "measures": measures}
@@ -52,8 +55,6 @@ def run_command(parser: ArgumentParser, argv: Sequence[str] | None, work: Callab
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; nothing is kept", file=sys.stderr)
         raise SystemExit(130) from None
-    for name, value in measures.items():
-        print(f"{name:<36} {'-' if value is None else value if isinstance(value, int) else f'{value:.3f}'}")
     return measures
 
 
@@ -65,5 +66,5 @@ def training_settings(args: Namespace) -> dict[str, Any]:
 def _check(args: Namespace) -> None:
     for name, minimum in (("steps", 1), ("batch_size", 1), ("workers", 0), ("lr", 0)):
         check_number(f"argument --{name.replace('_', '-')}", getattr(args, name), minimum, float("inf"))
-    if args.output and (Path(args.output).is_dir() or not Path(args.output).resolve().parent.is_dir()):
-        raise ValueError(f"argument --output: {args.output!r} is a folder or in no folder; expected a file")
+    if args.output:
+        check_output(Path(args.output), args.train_data, args.test_data, args.pretrained)

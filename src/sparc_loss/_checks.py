@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -28,14 +28,15 @@ def check_number(name: str, value: float, minimum: float, maximum: float = float
 
 def check_positive(name: str, value: float) -> None:
     """Raise TypeError unless `value` is a real number, ValueError unless it is finite and above 0."""
-    if isinstance(value, Real) and not isinstance(value, bool) and value <= 0:
-        raise ValueError(f"{name} is {value}; expected a number above 0")
+    if isinstance(value, Real) and not isinstance(value, bool) and not 0 < value < float("inf"):
+        finite = "" if math.isfinite(value) else "finite "
+        raise ValueError(f"{name} is {value}; expected a {finite}number above 0")
     check_number(name, value, 0)
 
 
 def check_whole_number(name: str, value: int, minimum: int) -> None:
-    """Raise TypeError unless `value` is an int, ValueError unless it is at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Raise TypeError unless `value` is a whole number, also numpy's, ValueError unless it is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a whole number")
     if value < minimum:
         raise ValueError(f"{name} is {value}; expected a whole number of at least {minimum}")

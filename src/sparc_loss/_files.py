@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def check_output(path: Path) -> None:
-    """Raise ValueError for a place where no file can be written."""
+def check_output(path: Path, *inputs: str | Path | None) -> None:
+    """Raise ValueError for a place where no file can be written, or where one of the inputs is."""
     problem = None
-    if path.is_dir():
+    if any(each is not None and _is_same(path, Path(each)) for each in inputs):
+        problem = "is also an input, which would be lost"
+    elif path.is_dir():
         problem = "is a folder"
     elif path.exists() and not path.is_file():
         problem = "is a device or a pipe"
@@ -26,9 +28,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     A link stays, and the file that it leads to is replaced.
     """
     path = path.resolve()
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    draft = path.with_name(f".{os.getpid()}{path.suffix}")  # no longer than the longest name that a disk allows
     try:
         yield draft
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:  # one of them does not exist, or is a name and no path
+        return False

@@ -112,6 +112,7 @@ def load_model(args: Namespace) -> "tuple[nn.Module, Callable[[Any], Tensor], An
     """
     import open_clip
 
+    _check_device(args.device)
     described = args.model.startswith(("local-dir:", "hf-hub:"))
     if not described and args.model not in open_clip.list_models():
         nearest = difflib.get_close_matches(args.model, open_clip.list_models(), n=1)
@@ -165,7 +166,11 @@ def preprocessing_of(model: Any, **changes: Any) -> "Callable[[Any], Tensor]":
 
 def why_not_loaded(path: str | Path | None, error: Exception) -> str:
     """The reason in one line; for a file with Python objects, which torch refuses to load, also the remedy."""
-    if isinstance(error, pickle.UnpicklingError) and "eights only load failed" in str(error):
+    if (
+        isinstance(error, pickle.UnpicklingError)
+        and "eights only load failed" in str(error)
+        and _is_written_by_torch(path)
+    ):
         converted = f"{path}.weights"
         return (
             "it holds Python objects beside tensors, as checkpoints of older versions do, and loading these could run "
@@ -175,6 +180,27 @@ def why_not_loaded(path: str | Path | None, error: Exception) -> str:
         )
     reason = " ".join(str(error).split())
     return f"{type(error).__name__}: {reason if len(reason) <= 300 else reason[:297] + '...'}"
+
+
+def _is_written_by_torch(path: str | Path | None) -> bool:
+    """Whether a file begins as those of `torch.save`: a zip, or a pickle of protocol 2."""
+    try:
+        with open(path or "", "rb") as file:
+            return file.read(2) in (b"PK", b"\x80\x02")
+    except OSError:
+        return False
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises several kinds
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"argument --device: {device!r} cannot be used ({reason}); expected one that torch has, such as cpu"
+        ) from error
 
 
 def _settle_quick_gelu(prog: str, args: Namespace, path: Path | None, trained: dict[str, Any], insisted: bool) -> None:

@@ -32,7 +32,7 @@ def parse_objects(text: str, caption: str | None) -> tuple[NamedObject, ...]:
         return tuple(_object(entry, None if caption is None else len(caption.split())) for entry in json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"boxes is {text[:80]!r} ({type(error).__name__}: {error}); "
+            f"boxes is {str(text)[:80]!r} ({type(error).__name__}: {error}); "
             'expected a JSON list of {"phrase": text, "box": [left, top, right, bottom]}'
         ) from error
 

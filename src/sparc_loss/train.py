@@ -131,7 +131,9 @@ def _check_run(parser: ArgumentParser, args: Namespace, plugin: LossPlugin | Non
                     _check_validation_pairs(parser, args, table)
             elif not getattr(args, "use_naflex", False):
                 _check_steps(parser, args, len(table), world_size)
-    _check_checkpoint(parser, args, log.parent, getattr(plugin, "heads", None), world_size)
+    checkpoint = _checkpoint_to_resume(parser, args, log.parent)
+    if checkpoint is not None:
+        _check_checkpoint(parser, args, checkpoint, plugin, world_size)
     if args.loss_dist_impl in registered_losses():
         # `--los sparc` lands there: argparse takes an unambiguous abbreviation for the whole flag.
         parser.error(
@@ -242,26 +244,40 @@ def _check_steps(parser: ArgumentParser, args: Namespace, pairs: int, world_size
         )
 
 
-def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path, heads: str | None, world_size: int) -> None:
-    """Reject a checkpoint that cannot be resumed, which open_clip would find out after it has made the folder."""
-    import torch
+def _checkpoint_to_resume(parser: ArgumentParser, args: Namespace, run: Path) -> Path | None:
+    """The file that open_clip will resume from; None if there is none, or none that can be read here."""
     from open_clip_train.main import LATEST_CHECKPOINT_NAME, get_latest_checkpoint
-
-    from sparc_loss.plugins.learned_heads import check_heads
 
     path = args.resume
     if path is None or args.remote_sync or "://" in path:
-        return
+        return None
     if path == "latest":
         folder = run / "checkpoints"
         path = folder / LATEST_CHECKPOINT_NAME if args.save_most_recent else get_latest_checkpoint(str(folder), False)
+        if path is None and any(folder.glob("*.pt")):
+            parser.error(
+                f"argument --resume: open_clip finds no checkpoint in {str(folder)!r}, because of the characters [, * "
+                "or ? in its name, and would begin anew; expected the path of a checkpoint"
+            )
         if path is None or not Path(path).exists():
-            return  # open_clip then starts from the beginning
+            return None  # open_clip then starts from the beginning
     path = Path(path).expanduser()  # as fsspec does, which open_clip reads checkpoints with
     if Path(path, ".metadata").is_file():
-        return  # a sharded checkpoint, a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
+        return None  # a sharded checkpoint, a folder, as open_clip 4 writes with --fsdp-checkpoint sharded
     if not path.is_file():
         parser.error(f"argument --resume: there is no file {args.resume!r}; expected a checkpoint, or latest")
+    return path
+
+
+def _check_checkpoint(
+    parser: ArgumentParser, args: Namespace, path: Path, plugin: LossPlugin | None, world_size: int
+) -> None:
+    """Reject a checkpoint that cannot be resumed, which open_clip would find out after it has made the folder."""
+    import torch
+
+    from sparc_loss.plugins.learned_heads import check_heads
+    from sparc_loss.plugins.objective_plugin import ObjectivePlugin
+
     # torch.save writes a zip, whose end is missing in a truncated file.
     is_zip = zipfile.is_zipfile(path)
     try:
@@ -276,9 +292,13 @@ def _check_checkpoint(parser: ArgumentParser, args: Namespace, run: Path, heads:
             f"argument --resume: {path} is truncated or corrupt ({type(error).__name__}), as when a run ends or a "
             "disk is full while it is written; remove it to go on from the one before"
         )
+    if not isinstance(checkpoint, dict):
+        parser.error(f"argument --resume: {path} holds a {type(checkpoint).__name__}; expected a checkpoint")
+    if plugin is not None and not isinstance(plugin, ObjectivePlugin):
+        return  # of another package, which knows what its model takes
     try:
-        # Without "state_dict" it is one itself, as open_clip takes it.
-        check_heads(checkpoint.get("state_dict", checkpoint), heads, world_size)
+        trains = bool(args.train_data) or args.dataset_type == "synthetic"
+        check_heads(checkpoint, None if plugin is None else plugin.heads, world_size, trains)
     except ValueError as error:
         parser.error(f"argument --resume: {path} {error}")
 

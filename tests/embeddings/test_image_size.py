@@ -63,6 +63,17 @@ def test_the_model_is_its_own_again_afterwards_also_after_an_error(vision):
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("vision", ["ViT tok", "timm ViT map", "Eva", "Eva PE"])
+def test_another_size_within_inference_mode_leaves_a_model_that_trains(vision):
+    model = surface_embeddings(tiny_models.custom_text_clip(vision), TOKENIZER)
+    buffers = dict(model.named_buffers())
+    height, width = model_image_size(model.visual)
+    with torch.inference_mode():
+        model.encode_patches(images(2 * height, width))
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    model.train().encode_patches(tiny_models.images_for(model))[0].sum().backward()
+
+
 @torch.no_grad()
 def test_pixels_beyond_the_last_whole_patch_are_left_out():
     model = surface_embeddings(tiny_models.clip("ViT tok"), TOKENIZER).eval()

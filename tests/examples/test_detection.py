@@ -250,7 +250,7 @@ class TestCommand:
         [
             (["--steps", "0"], "argument --steps is 0; expected a number of at least 1"),
             (["--batch-size", "0"], "argument --batch-size is 0; expected a number of at least 1"),
-            (["--output", "no/such/folder/f.json"], "argument --output: 'no/such/folder/f.json' is a folder or in no"),
+            (["--output", "no/such/folder/f.json"], "argument --output: 'no/such/folder/f.json' is in no folder"),
             (["--lr", "1e30", "--steps", "9"], "are not finite; expected finite numbers: a smaller --lr"),
         ],
     )

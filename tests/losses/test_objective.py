@@ -63,6 +63,11 @@ def test_a_fixed_scale_replaces_the_learned_one_in_the_fine_grained_term_only(lo
     assert_close(fixed["contrastive_loss"], contrastive)
 
 
+class ReturnsATensor(nn.Module):
+    def forward(self, output_dict, **outputs):
+        return torch.zeros(())
+
+
 def test_another_global_loss_gets_its_bias(loss_class):
     outputs = random_outputs()
     bias = torch.tensor(-10.0)
@@ -203,12 +208,29 @@ def test_prints_every_setting(loss_class):
         ({"fine_grained_weight": "1"}, TypeError, "fine_grained_weight is '1' (str); expected a number"),
         ({"fine_grained_scale": 0}, ValueError, "fine_grained_scale is 0; expected a number above 0"),
         ({"world_size": 4}, ValueError, "gather_with_grad is False with world_size 4; expected True"),
+        ({"world_size": 0}, ValueError, "world_size is 0; expected a whole number of at least 1"),
+        ({"world_size": "2"}, TypeError, "world_size is '2' (str); expected a whole number"),
+        ({"global_loss": ClipLoss}, TypeError, "(type); expected a module such as open_clip.loss.SigLipLoss()"),
     ],
     ids=str,
 )
 def test_bad_settings_are_refused_by_name(loss_class, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         loss_class(**options)
+
+
+@pytest.mark.parametrize(
+    ("global_loss", "further", "message"),
+    [
+        (ClipLoss(), {"logits": torch.ones(B, L, 7)}, "is a ClipLoss, which the model's outputs do not fit (got"),
+        (SigLipLoss(), {}, "is a SigLipLoss, which the model's outputs do not fit (missing"),
+        (ReturnsATensor(), {}, "global_loss returned Tensor; expected a dict with contrastive_loss"),
+    ],
+    ids=["a CoCa's outputs", "no bias", "a tensor"],
+)
+def test_a_global_loss_of_another_kind_of_model_is_refused(loss_class, global_loss, further, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        total(loss_class, {**random_outputs(), **further}, global_loss=global_loss, global_weight=1)
 
 
 def test_a_global_loss_of_another_world_size_is_refused(loss_class):
@@ -222,7 +244,7 @@ def test_a_global_loss_of_another_world_size_is_refused(loss_class):
     ("name", "value", "error", "message"),
     [
         ("token_features", torch.ones(B, L, 3), ValueError, "token_features has D = 3 in shape [3, 5, 3], "),
-        ("patch_features", torch.ones(B, 0, D), ValueError, "patch_features has shape [3, 0, 6]; expected no size of"),
+        ("patch_features", torch.ones(B, 0, D), ValueError, "patch_features has P = 0 in shape [3, 0, 6]; expected"),
         ("token_features", torch.ones(B, 0, D), ValueError, "token_features has shape [3, 0, 6]; expected no size of"),
         ("token_mask", torch.ones(B, L), TypeError, "token_mask has dtype torch.float32; expected torch.bool"),
         ("token_mask", torch.ones(B, 2).bool(), ValueError, "token_mask has shape [3, 2]; expected [B, L] = [3, 5]"),

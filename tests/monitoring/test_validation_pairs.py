@@ -66,12 +66,12 @@ def test_many_images_need_few_open_files(tmp_path):
     assert finished.stdout.strip().endswith("200")
 
 
-def test_an_image_is_read_when_it_is_asked_for(args, tmp_path):
+def test_an_image_is_read_when_it_is_asked_for_and_named_if_it_cannot_be(args, tmp_path):
     args.val_data = write_pairs(tmp_path, images=3, captions=1)
     (tmp_path / "2.png").write_text("no image", encoding="utf-8")
     pairs = validation_pairs(args, 3)
     assert [next(pairs)[1] for _ in range(2)] == ["caption 0 of 0", "caption 0 of 1"]
-    with pytest.raises(OSError, match="cannot identify image file"):
+    with pytest.raises(ValueError, match=r"--val-data: .*2\.png cannot be read \(cannot identify .*; expected an im"):
         next(pairs)
 
 

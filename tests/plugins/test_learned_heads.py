@@ -124,12 +124,18 @@ def test_a_state_dict_without_heads_is_refused_by_the_missing_names(lost):
     ],
 )
 def test_a_checkpoint_that_cannot_be_resumed_is_refused_before_a_model_is_made(model, heads, world_size, message):
-    state_dict = saved_and_loaded(model().state_dict())
+    checkpoint = {"optimizer": {}, "state_dict": saved_and_loaded(model().state_dict())}
     if message is None:
-        check_heads(state_dict, heads, world_size)
+        check_heads(checkpoint, heads, world_size)
         return
     with pytest.raises(ValueError, match=message):
-        check_heads(state_dict, heads, world_size)
+        check_heads(checkpoint, heads, world_size)
+
+
+def test_a_checkpoint_with_heads_can_be_evaluated_without_them():
+    checkpoint = {"optimizer": {}, "state_dict": saved_and_loaded(prepared().state_dict())}
+    check_heads(checkpoint, None, 1, trains=False)
+    check_heads(checkpoint["state_dict"], None, 1)  # without an optimizer
 
 
 def in_a_wrapper(model):

@@ -99,9 +99,14 @@ def test_a_coca_is_refused(csv_with):
         check_regions(args(csv_with([box(0, 0, 5, 5)])), coca())
 
 
-def test_patch_dropout_is_refused(csv_with):
+class PatchDropoutWithIndices(PatchDropout):
+    """As timm has it beside rotary embeddings."""
+
+
+@pytest.mark.parametrize("dropout", [PatchDropout, PatchDropoutWithIndices])
+def test_patch_dropout_is_refused(csv_with, dropout):
     model = clip()
-    model.visual.patch_dropout = PatchDropout(0.5)
+    model.visual.patch_dropout = dropout(0.5)
     with pytest.raises(ValueError, match="the model drops patches in training"):
         check_regions(args(csv_with([box(0, 0, 5, 5)])), model)
 

@@ -107,6 +107,17 @@ def test_each_text_has_the_mask_of_its_own_boxes_behind_it(folder, tokenizer, da
         assert torch.equal(mask, expected_mask(caption, boxes, tokenizer, words))
 
 
+@pytest.mark.filterwarnings("ignore::pandas.errors.ParserWarning")
+def test_a_row_without_its_last_field_is_trained_without_boxes(folder, tokenizer, tmp_path):
+    """pandas reads it as missing where the separator is a pattern."""
+    _, boxes = next(row for row in ROWS if row[1])
+    image = folder / "image.png"
+    rows = ["filepath::title::boxes", f"{image}::a dog::{boxes}", *[f"{image}::a cat"] * 3]
+    (tmp_path / "short.csv").write_text("\n".join(rows), encoding="utf-8")
+    args = arguments("--train-data", tmp_path / "short.csv", "--csv-separator", "::")
+    assert torch.equal(batch_of(args, tokenizer)["a cat"][1], expected_mask("a cat", "", tokenizer))
+
+
 def test_validation_texts_stay_as_they_are(folder, tokenizer):
     args = arguments("--train-data", folder / "train.csv", "--val-data", folder / "train.csv")
     data = data_with_regions(get_data, args, (TRANSFORM, TRANSFORM), tokenizer, SIZES, 0.5, "all", epoch=0)

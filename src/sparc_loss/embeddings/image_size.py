@@ -45,12 +45,16 @@ def at_image_size(visual: Any, size: tuple[int, int] | None) -> Iterator[None]:
             visual.positional_embedding = own
     elif _resizable(visual) and size != model_image_size(visual):
         trunk, own_size, own = visual.trunk, model_image_size(visual), visual.trunk.pos_embed
+        # timm makes those of rotary embeddings anew: within inference mode, no training could use them.
+        buffers = [(part, name, each) for part in trunk.modules() for name, each in part.named_buffers(recurse=False)]
         trunk.set_input_size(img_size=size)
         try:
             yield
         finally:
             trunk.set_input_size(img_size=own_size)
             trunk.pos_embed = own
+            for part, name, buffer in buffers:
+                setattr(part, name, buffer)
     else:
         yield
 

@@ -305,7 +305,8 @@ def _check(args: Namespace) -> None:
         if flags[name] is not None:
             check_number(f"argument --{name.replace('_', '-')}", flags[name], minimum, maximum)
     if args.output:
-        check_output(Path(args.output))
+        inputs = (args.data, args.classes, args.templates, args.nouns_and_adjectives, args.pretrained)
+        check_output(Path(args.output), *inputs)
 
 
 def _check_columns(args: Namespace, data: EvaluationData) -> None:

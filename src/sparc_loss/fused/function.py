@@ -85,6 +85,8 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
+        if torch._C._functorch.is_legacy_batchedtensor(grad_output):  # is_grads_batched=True
+            raise RuntimeError(f"the fused loss does not take several gradients at once; {_TAKE_EAGER}")
         # Released, because the receiver may change them: a second backward through this graph computes its own.
         gradients, ctx.gradients = ctx.gradients, None
         with torch.no_grad():

@@ -7,7 +7,8 @@ differ the loss has a step.
 
 Images are processed in slices, each with the words of the 1 + K captions that are contrasted with it. No image is in
 two slices, so that the gradient by the patches is written once, in their dtype. Three products are left of six; the
-one that makes c is made twice, because all scores are known only after the first pass.
+one that makes c is made twice, because all scores are known only after the first pass. Which patches are highest is
+kept between the passes, a byte for each word and patch of the 1 + K images: B (1 + K) L P bytes beyond `chunk_bytes`.
 """
 
 from collections.abc import Iterator
@@ -59,7 +60,8 @@ def highest_patch_loss_and_gradients(
             v, t = each.patches(patch_features, patch_mask, dtype), each.words(token_features, valid_tokens, dtype)
             usable = each.usable(valid_tokens, patch_mask, region_mask)
             highest = weights_and_gradient(torch.bmm(t, v.mT), usable, settings.alignment)[0] > 0
-            is_highest.append(highest)
+            if any(wanted[:2]):
+                is_highest.append(highest)
             unit, c_unit = unit_and_norm(t)[0], unit_and_norm(torch.bmm(_weights(highest, dtype), v))[0]
             of_words = (unit * c_unit).sum(dim=-1) * each.of_captions(share_of_token)
             scores[each.captions, each.columns] = of_words.unflatten(1, (images, length)).sum(dim=-1)
@@ -72,7 +74,7 @@ def highest_patch_loss_and_gradients(
         loss, grad_scores, grad_scale = contrast(scores, scale, is_caption, without_patch, direction, share)
 
         grad_scores = grad_scores * weight
-        for each, highest in zip(slices, is_highest, strict=True) if any(wanted[:2]) else ():
+        for each, highest in zip(slices, is_highest, strict=False):
             v, t = each.patches(patch_features, patch_mask, dtype), each.words(token_features, valid_tokens, dtype)
             a = _weights(highest, dtype)
             unit, norm = unit_and_norm(t)

@@ -3,12 +3,12 @@
 import inspect
 from functools import reduce
 from operator import add
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from sparc_loss._checks import check_features, check_number, check_positive, check_scale
+from sparc_loss._checks import check_features, check_number, check_positive, check_scale, check_whole_number
 from sparc_loss.losses.outputs import ModelOutputs
 
 
@@ -44,9 +44,10 @@ class Objective(nn.Module):
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip's ClipLoss.
 
     Raises:
-        TypeError: a weight or scale that is not a number.
-        ValueError: a negative weight, a scale not above 0; `world_size > 1` without `gather_with_grad=True`, or a
-            `global_loss` of another world_size.
+        TypeError: a weight or scale that is not a number, a world_size that is not whole, a `global_loss` that is no
+            module.
+        ValueError: a negative weight, a scale not above 0, a world_size below 1; `world_size > 1` without
+            `gather_with_grad=True`, or a `global_loss` of another world_size.
         ImportError: `global_loss` is None and open_clip is not installed.
     """
 
@@ -83,6 +84,12 @@ class Objective(nn.Module):
         check_number("fine_grained_weight", fine_grained_weight, 0)
         if fine_grained_scale is not None:
             check_positive("fine_grained_scale", fine_grained_scale)
+        check_whole_number("world_size", world_size, 1)
+        if global_loss is not None and not isinstance(global_loss, nn.Module):
+            raise TypeError(
+                f"global_loss is {global_loss!r} ({type(global_loss).__name__}); expected a module such as "
+                "open_clip.loss.SigLipLoss(), or None for ClipLoss"
+            )
         if world_size > 1 and not (gather_with_grad and getattr(global_loss, "gather_with_grad", True)):
             raise ValueError(
                 f"gather_with_grad is False with world_size {world_size}; expected True: without it the global "
@@ -144,7 +151,7 @@ class Objective(nn.Module):
 
         Raises:
             TypeError: features not floating point, a mask not bool; no patch_features, token_features or token_mask,
-                which a model in evaluation mode does not return.
+                which a model in evaluation mode does not return; outputs that `global_loss` does not take or lacks.
             ValueError: ranks, sizes or devices that disagree, no pair, a logit_scale of several elements.
         """
         if patch_features is None or token_features is None or token_mask is None:
@@ -211,19 +218,35 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         if self.global_weight == 0 and not others:
             return {"contrastive_loss": zero_of(image_features, text_features, logit_scale, logit_bias)}
-        # CoCaLoss and DistillClipLoss do not take a logit_bias.
-        bias = {} if logit_bias is None else {"logit_bias": logit_bias}
-        terms = self.global_loss(
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
-            output_dict=True,
-            **bias,
+        arguments = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": logit_scale,
+            "output_dict": True,
             **others,
-        )
+        }
+        if logit_bias is not None:  # CoCaLoss and DistillClipLoss do not take one
+            arguments["logit_bias"] = logit_bias
+        if not torch.compiler.is_compiling():
+            self._check_taken(arguments)
+        terms = self.global_loss(**arguments)
+        if not isinstance(terms, dict) or "contrastive_loss" not in terms:
+            found = ", ".join(terms) if isinstance(terms, dict) else type(terms).__name__
+            raise TypeError(f"global_loss returned {found}; expected a dict with contrastive_loss, as open_clip's do")
         if self.global_weight == 0:  # 0 times infinity is NaN
             return {**terms, "contrastive_loss": zero_of(image_features, text_features, logit_scale, logit_bias)}
         return {**terms, "contrastive_loss": self.global_weight * terms["contrastive_loss"]}
+
+    def _check_taken(self, arguments: dict[str, Any]) -> None:
+        """Raise TypeError where the global loss is of another kind of model."""
+        try:
+            inspect.signature(self.global_loss.forward).bind(**arguments)
+        except TypeError as error:
+            raise TypeError(
+                f"global_loss is a {type(self.global_loss).__name__}, which the model's outputs do not fit ({error}); "
+                "expected the one that open_clip.create_loss makes for the model: CoCaLoss for a CoCa, SigLipLoss for "
+                "a model with a logit_bias, ClipLoss for others"
+            ) from error
 
     def _taken_from(self, others: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = [name for name in self.further_inputs if name not in others]

@@ -71,6 +71,14 @@ def probe_validation_pairs(
     return measured
 
 
+def try_probe(model: Any, args: Namespace) -> None:
+    """Measure two images and report nothing but a warning where they have nothing to measure."""
+    try:
+        measure_validation_pairs(model, args, number=2)
+    except ValueError as error:
+        logging.warning(f"--sparc-probe-every, tried before training: nothing is measured: {error}")
+
+
 def measure_validation_pairs(model: Any, args: Namespace, number: int | None = None) -> ImageDependence:
     """`image_dependence` of the first `number` validation images (PROBED_PAIRS if None), in the training's precision.
 

@@ -68,8 +68,15 @@ def validation_pairs(args: Namespace, number: int) -> Iterator[tuple[Image.Image
     dataset = get_dataset(one_by_one, _loaded, is_train=False, tokenizer=_untokenized).dataloader.dataset
     if hasattr(dataset, "images"):  # CsvDataset: the paths
         first_rows = {path: row for row, path in reversed(list(enumerate(dataset.images)))}
-        return (_halves(dataset[row]) for row in sorted(first_rows.values())[:number])
+        return (_of_row(dataset, row) for row in sorted(first_rows.values())[:number])
     return itertools.islice(_of_different_pixels(map(_halves, dataset)), number)
+
+
+def _of_row(dataset: Any, row: int) -> tuple[Any, Any]:
+    try:
+        return _halves(dataset[row])
+    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+        raise ValueError(f"--val-data: {dataset.images[row]} cannot be read ({error}); expected an image") from error
 
 
 def _halves(sample: Any) -> tuple[Any, Any]:

@@ -39,17 +39,18 @@ def add_heads(model: Any, name: str, make: Callable[[int], nn.Module]) -> Any:
     return model
 
 
-def check_heads(state_dict: Mapping[str, Any], name: str | None, world_size: int) -> None:
-    """Raise ValueError where a model of this loss could not resume from a checkpoint's state_dict.
+def check_heads(checkpoint: Mapping[str, Any], name: str | None, world_size: int, trains: bool = True) -> None:
+    """Raise ValueError where a model with these heads could not resume from a checkpoint.
 
     Args:
-        state_dict: of a checkpoint of open_clip's training, with its metadata.
+        checkpoint: of open_clip's training, with the metadata of its state_dict; or a state_dict.
         name: of the submodule that the loss adds, such as "mgca_heads"; None if it adds none.
         world_size: number of processes that resume.
+        trains: whether there is an optimizer, which takes its state from the checkpoint.
     """
-    metadata = getattr(state_dict, "_metadata", {})
+    metadata = getattr(checkpoint.get("state_dict", checkpoint), "_metadata", {})
     found = {key.removeprefix("module."): key for key, entry in metadata.items() if "parameters" in entry}
-    for other in found:
+    for other in found if trains and "optimizer" in checkpoint else ():
         if other != name:
             raise ValueError(f"has the parameters of {other}, which this loss has not; {_SAME_LOSS}")
     if name is not None and name not in found:

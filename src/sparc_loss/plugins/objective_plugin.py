@@ -19,6 +19,9 @@ from sparc_loss.plugins.flags import Flag, add_old_flag, number_of_at_least_0
 class ObjectivePlugin:
     """The contract of `sparc_loss.plugins.contract` for one objective.
 
+    Attributes:
+        heads: name of the submodule that the objective adds to the model; None if it adds none.
+
     Args:
         name: of the loss on the command line, and the prefix of its flags.
         title: heading of its flags in the help.
@@ -26,6 +29,8 @@ class ObjectivePlugin:
         loss: its class.
         flags: its own flags, beside those of every objective.
     """
+
+    heads: str | None = None
 
     def __init__(
         self, name: str, title: str, description: str, loss: type[Objective], flags: Sequence[Flag] = ()

@@ -244,7 +244,7 @@ class SparcPlugin(ObjectivePlugin):
             return
         if args.sparc_probe_every:
             with training_goes_on("--sparc-probe-every, tried before training,"):
-                probe_every.measure_validation_pairs(model, args, number=2)
+                probe_every.try_probe(model, args)
         if args.sparc_show_every:
             with training_goes_on("--sparc-show-every, tried before training,"):
                 from sparc_loss.monitoring.show_every import draw_validation_pairs

@@ -44,7 +44,9 @@ def check_regions(args: Namespace, model: nn.Module | None) -> None:
             f"--model is {args.model}, a CoCa; expected a CLIP with --sparc-regions: its captioning loss takes the "
             "texts of the batch as they are, with the regions behind them"
         )
-    dropouts = () if model is None else (each for each in model.modules() if type(each).__name__ == "PatchDropout")
+    # open_clip's and timm's PatchDropout, and timm's PatchDropoutWithIndices.
+    modules = () if model is None else model.modules()
+    dropouts = (each for each in modules if type(each).__name__.startswith("PatchDropout"))
     if any(getattr(each, "prob", 0) > 0 for each in dropouts):
         raise ValueError(
             "the model drops patches in training (--force-patch-dropout, or its configuration); expected none with "

@@ -1,6 +1,7 @@
 """`region_mask`: boxes or masks of an image as the patches that each token may use."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -53,9 +54,10 @@ def region_mask(
         bool [L, P], row by row of the grid. Stacked over a batch it is the `region_mask` of `SparcLoss`.
 
     Raises:
-        TypeError: regions that are neither BoundingBoxes nor Mask, a number of the wrong type.
-        ValueError: rotated boxes, a share outside (0, 1], an extent that is not positive, positions outside the
-            caption or not of as many objects as there are regions, an empty grid, an unknown `words`.
+        TypeError: regions that are neither BoundingBoxes nor Mask, a number of the wrong type, positions that are not
+            a list for each region, a grid or extent that is not a pair.
+        ValueError: masks not of rank 3, rotated boxes, a share outside (0, 1], an extent that is not positive, an
+            empty grid, an unknown `words`, positions outside the caption or not of as many objects as regions.
 
     Example:
         >>> from torchvision.tv_tensors import BoundingBoxes
@@ -69,13 +71,20 @@ def region_mask(
 
     check_share("share", share)
     check_choice("words", words, REGION_WORDS)
+    for name, pair in (("grid", grid), ("extent", extent)):
+        if not isinstance(pair, Collection) or len(pair) != 2:
+            raise TypeError(f"{name} is {pair!r}; expected two numbers, for the height and for the width")
     for name, size in (("grid[0]", grid[0]), ("grid[1]", grid[1]), ("length", length)):
         check_whole_number(name, size, 1)
     for name, covered in (("extent[0]", extent[0]), ("extent[1]", extent[1])):
         check_positive(name, covered)
+    if isinstance(regions, Mask) and regions.ndim != 3:
+        raise ValueError(f"regions has shape {list(regions.shape)}; expected masks [N, H, W]")
     if len(positions) != len(regions):
         raise ValueError(f"positions has {len(positions)} entries; expected one for each of {len(regions)} regions")
     for each in positions:
+        if not isinstance(each, Collection) or not all(isinstance(position, Integral) for position in each):
+            raise TypeError(f"positions has {each!r}; expected a list of whole numbers for each region")
         if not all(0 <= position < length for position in each):
             raise ValueError(f"positions has {list(each)}; expected positions from 0 to {length - 1}")
     if isinstance(regions, BoundingBoxes):

@@ -140,7 +140,12 @@ class DatasetWithRegions(Dataset):
     def __getitem__(self, index: int) -> Any:
         """What open_clip's data set gives, with the mask behind the text."""
         text = self.boxes[index]
-        self.sample.begin(parse_objects(text, None) if text else ())
+        try:
+            objects = parse_objects(text, None) if text else ()
+        except ValueError as error:
+            logger.warning(f"row {index + 1} of the training data: {error}; it is trained without boxes")
+            objects = ()
+        self.sample.begin(objects)
         return self.dataset[index]
 
 
@@ -167,8 +172,9 @@ def data_with_regions(
         _insert_reader_of_boxes(loader.pipeline[0].dataset.pipeline, sample)
     elif isinstance(loader, DataLoader) and type(loader.dataset).__name__ == "CsvDataset":
         table = read_table(args.train_data, args.csv_separator, usecols=[COLUMN], dtype=str, keep_default_na=False)
+        boxes = table[COLUMN].fillna("").array  # the last field of a row may be missing
         # torch refuses to set the data set of a loader, because a sampler may know another; here it stays as long.
-        object.__setattr__(loader, "dataset", DatasetWithRegions(loader.dataset, table[COLUMN].array, sample))
+        object.__setattr__(loader, "dataset", DatasetWithRegions(loader.dataset, boxes, sample))
     else:
         found = f"{type(loader).__name__} of a {type(loader.dataset).__name__}"
         raise ValueError(f"the training data is a {found}; expected a CSV or a WebDataset with boxes")

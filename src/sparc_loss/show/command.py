@@ -1,6 +1,7 @@
 """`sparc-loss show IMAGE "CAPTION" --model NAME --pretrained TAG -o words.png|words.html`, or `--data FILE.csv`."""
 
 import logging
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ _PAGES = (".html", ".htm")
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns 0.
+    """Run the command; returns 0, or 130 if it is interrupted.
 
     Raises:
         SystemExit: with code 2 and one line of error for bad arguments, an image that cannot be read, a caption
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     if args.number < 1:
         parser.error(f"argument --number: {args.number} given; expected 1 or more")
     try:
-        check_output(args.output)
+        check_output(args.output, *args.pairs[::2], args.data, args.pretrained)
         pairs = [Pair(*each) for each in zip(args.pairs[::2], args.pairs[1::2], strict=True)]
         if args.data is not None:
             pairs = _first_pairs(args.data, args.number)
@@ -57,6 +58,9 @@ def main(argv: list[str]) -> int:
     except (OSError, TypeError, ValueError) as error:
         logging.debug("", exc_info=error)
         parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print(f"\n{PROG}: interrupted; nothing is written", file=sys.stderr)
+        return 130
     print(args.output)
     return 0
 
