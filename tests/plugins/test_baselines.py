@@ -1,11 +1,8 @@
 """The plug-ins of the baselines, called the way open_clip's training calls them."""
 
-from argparse import ArgumentParser, Namespace
-from types import ModuleType
-
-import open_clip
 import pytest
 from open_clip.loss import SigLipLoss
+from plugin_arguments import parse
 
 from sparc_loss import losses
 from sparc_loss.plugins import discovery as plugin
@@ -25,31 +22,6 @@ OWN = {
     "mgca": [("prototype-weight", 0.5, "prototype_weight")],
     "pacl": [("weighting", "softmax", "weighting")],
 }
-
-
-def parse(module: ModuleType, *argv: str, **open_clip_args) -> Namespace:
-    parser = ArgumentParser()
-    module.add_arguments(parser)
-    args = dict(
-        model="ViT-B-32",
-        cache_dir=None,
-        force_context_length=None,
-        distill=False,
-        horovod=False,
-        siglip=False,
-        loss_dist_impl=None,
-        local_loss=False,
-        gather_with_grad=False,
-        rank=0,
-        world_size=1,
-    )
-    return parser.parse_args(list(argv), Namespace(**{**args, **open_clip_args}))
-
-
-@pytest.fixture
-def model():
-    vision = dict(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
-    return open_clip.CLIP(16, vision, dict(layers=1, width=32, heads=2))
 
 
 @pytest.mark.parametrize("name", PLUGINS)

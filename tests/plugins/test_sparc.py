@@ -2,9 +2,10 @@
 
 import logging
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
+from functools import partial
 
-import open_clip
+import plugin_arguments
 import pytest
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 
@@ -13,40 +14,7 @@ from sparc_loss.plugins.checks import check_accumulation
 from sparc_loss.plugins.recipes import flags_of
 from sparc_loss.plugins.sparc import SPARC
 
-
-def parse(*argv: str, **open_clip_args) -> Namespace:
-    parser = ArgumentParser()
-    SPARC.add_arguments(parser)
-    args = dict(
-        model="ViT-B-32",
-        cache_dir=None,
-        force_context_length=None,
-        torchscript=False,
-        trace=False,
-        horovod=False,
-        distill=False,
-        siglip=False,
-        loss_dist_impl=None,
-        coca_caption_loss_weight=2.0,
-        coca_contrastive_loss_weight=1.0,
-        local_loss=False,
-        gather_with_grad=False,
-        rank=0,
-        world_size=1,
-        batch_size=8,
-        accum_freq=1,
-        force_quick_gelu=False,
-        force_custom_text=False,
-        force_patch_dropout=None,
-        force_image_size=None,
-    )
-    return parser.parse_args(list(argv), Namespace(**{**args, **open_clip_args}))
-
-
-@pytest.fixture
-def model():
-    vision = dict(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
-    return open_clip.CLIP(16, vision, dict(layers=1, width=32, heads=2))
+parse = partial(plugin_arguments.parse, SPARC)
 
 
 def test_the_defaults_are_those_of_sparc_loss():
