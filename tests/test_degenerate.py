@@ -1,11 +1,12 @@
-"""Input with nothing to compare: the loss has a value that is worked out by hand, and a finite gradient."""
+"""Input with nothing to compare: the loss is worked out by hand and its gradient finite. What is no number shows."""
 
 import pytest
 import torch
 from implementations import IMPLEMENTATIONS
+from strategies import Batch
 from torch.testing import assert_close
 
-from sparc_loss.functional import REDUCTIONS
+from sparc_loss.functional import ALIGNMENTS, REDUCTIONS
 
 SCALE = 10.0
 EAST, NORTH, ZERO = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
@@ -76,3 +77,21 @@ def test_a_loss_of_zero_is_still_attached_to_the_graph(name: str, case: str) -> 
     scale = torch.tensor(SCALE, requires_grad=True)
     IMPLEMENTATIONS[name](patches, tokens, torch.tensor([mask], dtype=torch.bool), scale).backward()
     assert all((leaf.grad == 0).all() for leaf in (patches, tokens, scale))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("features", ["patch_features", "token_features"])
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("pair", [0, 1])
+def test_nan_and_infinity_in_a_feature_that_counts_show_in_the_loss(
+    name: str, value: float, features: str, alignment: str, pair: int
+) -> None:
+    batch = Batch(
+        patch_features=torch.randn(2, 6, 5),
+        token_features=torch.randn(2, 4, 5),
+        token_mask=torch.tensor([[True] * 4, [False, True, False, False]]),
+        alignment=alignment,
+    )
+    getattr(batch, features)[pair, 1, 2] = value
+    assert IMPLEMENTATIONS[name](**vars(batch)).isnan()

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from implementations import IMPLEMENTATIONS
 from strategies import Batch, batches
 from torch import Tensor
 from torch.testing import assert_close
@@ -233,45 +233,6 @@ def test_token_reduction_is_the_mean_over_all_tokens_and_sample_reduction_over_c
 # The whole loss (what must hold of it for every input: test_invariants.py, test_degenerate.py)
 
 
-@given(batches(), st.integers(1, 3))
-def test_masked_patches_leave_the_alignment_of_the_others(batch: Batch, extra: int) -> None:
-    b, p, d = batch.patch_features.shape
-    patch_mask = torch.ones(b, p, dtype=torch.bool) if batch.patch_mask is None else batch.patch_mask
-    padded = batch.but(
-        patch_features=torch.cat([batch.patch_features, 50 * torch.randn(b, extra, d, dtype=torch.float64)], dim=1),
-        patch_mask=torch.cat([patch_mask, torch.zeros(b, extra, dtype=torch.bool)], dim=1),
-    )
-    if batch.region_mask is not None:
-        anything = torch.rand(b, batch.token_features.shape[1], extra) < 0.5
-        padded = padded.but(region_mask=torch.cat([batch.region_mask, anything], dim=2))
-    close(padded.weights()[..., :p], batch.weights())
-    assert (padded.weights()[..., p:] == 0).all()
-
-
-@given(batches(), st.randoms(use_true_random=False))
-def test_permuting_patches_permutes_the_alignment(batch: Batch, random: object) -> None:
-    order = list(range(batch.patch_features.shape[1]))
-    random.shuffle(order)
-    permuted = batch.but(
-        patch_features=batch.patch_features[:, order],
-        patch_mask=None if batch.patch_mask is None else batch.patch_mask[:, order],
-        region_mask=None if batch.region_mask is None else batch.region_mask[..., order],
-    )
-    close(permuted.weights(), batch.weights()[..., order])
-
-
-@given(batches(), st.randoms(use_true_random=False))
-def test_permuting_tokens_permutes_the_alignment(batch: Batch, random: object) -> None:
-    order = list(range(batch.token_features.shape[1]))
-    random.shuffle(order)
-    permuted = batch.but(
-        token_features=batch.token_features[:, order],
-        token_mask=batch.token_mask[:, order],
-        region_mask=None if batch.region_mask is None else batch.region_mask[:, order],
-    )
-    close(permuted.weights(), batch.weights()[:, order])
-
-
 def test_a_token_that_may_use_no_patch_does_not_count() -> None:
     batch = lengths_batch([4])
     region_mask = torch.ones(1, 4, 6, dtype=torch.bool)
@@ -279,17 +240,6 @@ def test_a_token_that_may_use_no_patch_does_not_count() -> None:
     without = batch.token_mask.clone()
     without[0, 2] = False
     close(batch.but(region_mask=region_mask).loss(), batch.but(token_mask=without).loss())
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("features", ["patch_features", "token_features"])
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-def test_nan_and_infinity_in_a_feature_that_counts_show_in_the_loss(
-    value: float, features: str, alignment: str
-) -> None:
-    batch = lengths_batch([3, 2]).but(alignment=alignment)
-    getattr(batch, features)[0, 1, 2] = value
-    assert batch.loss().isnan()
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
@@ -330,29 +280,15 @@ def test_the_scale_does_not_change_the_dtype_of_the_loss() -> None:
     assert float32_batch().but(logit_scale=torch.tensor([10.0], dtype=torch.float64)).loss().dtype == torch.float32
 
 
-# Precision
+# Precision (of the whole loss: test_precision.py)
 
 
-def test_autocast_changes_nothing_for_float32_features() -> None:
+def test_autocast_changes_no_weight() -> None:
     batch = float32_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, weights = batch.loss(), batch.weights()
-    assert loss.dtype == weights.dtype == torch.float32
-    assert torch.equal(loss, batch.loss())
+        weights = batch.weights()
+    assert weights.dtype == torch.float32
     assert torch.equal(weights, batch.weights())
-
-
-@pytest.mark.parametrize("dtype", LOW_PRECISIONS)
-def test_low_precision_features_are_computed_in_float32(dtype: torch.dtype) -> None:
-    rounded = float32_batch().but(
-        patch_features=float32_batch().patch_features.to(dtype),
-        token_features=float32_batch().token_features.to(dtype),
-    )
-    as_float32 = rounded.but(
-        patch_features=rounded.patch_features.float(), token_features=rounded.token_features.float()
-    )
-    assert rounded.loss().dtype == torch.float32
-    assert torch.equal(rounded.loss(), as_float32.loss())
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISIONS)
@@ -363,40 +299,6 @@ def test_every_function_returns_float32_for_low_precision(dtype: torch.dtype) ->
     grouped = language_grouped_embeddings(weights.to(dtype), patches)
     loss = sequence_contrastive_loss(grouped.to(dtype), tokens, torch.ones(2, 3, dtype=torch.bool), 10.0)
     assert {similarity.dtype, weights.dtype, grouped.dtype, loss.dtype} == {torch.float32}
-
-
-@pytest.mark.parametrize("dtype", LOW_PRECISIONS)
-def test_gradients_come_back_in_the_features_own_dtype(dtype: torch.dtype) -> None:
-    batch = float32_batch()
-    batch = batch.but(
-        patch_features=batch.patch_features.to(dtype), token_features=batch.token_features.to(dtype)
-    ).with_gradients()
-    batch.loss().backward()
-    assert batch.patch_features.grad.dtype == dtype
-    assert batch.token_features.grad.isfinite().all()
-
-
-def test_float64_stays_float64_under_autocast() -> None:
-    batch = lengths_batch([3, 2])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = batch.loss()
-    assert loss.dtype == torch.float64
-    assert torch.equal(loss, batch.loss())
-
-
-def test_large_and_tiny_features_give_the_same_loss_as_ordinary_ones() -> None:
-    # Weights (but softmax's) and cosines do not see the scale.
-    batch = float32_batch()
-    for scale in (1e-12, 1e15):
-        scaled = batch.but(patch_features=batch.patch_features * scale, token_features=batch.token_features * scale)
-        close(scaled.loss(), batch.loss(), 1e-5)
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1e-40])
-def test_vectors_whose_squares_vanish_in_float32_give_a_finite_loss(scale: float) -> None:
-    batch = float32_batch()
-    for name in ("patch_features", "token_features"):
-        assert batch.but(**{name: getattr(batch, name) * scale}).loss().isfinite()
 
 
 # Bad input
@@ -458,14 +360,16 @@ REFUSED = [
     ({"threshold": True}, TypeError, "threshold is True (bool); expected a number"),
     ({"alignment": "max"}, ValueError, "alignment is 'max'; expected one of 'sparse', 'dense', 'softmax'"),
     ({"reduction": "mean"}, ValueError, "reduction is 'mean'; expected one of 'token', 'sample'"),
+    ({"logit_scale": torch.ones(3)}, ValueError, "logit_scale has shape [3]; expected one element, 1/tau"),
 ]
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("changed", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
-def test_bad_input_is_refused_by_name(changed: dict, error: type[Exception], message: str) -> None:
+def test_bad_input_is_refused_by_name(name: str, changed: dict, error: type[Exception], message: str) -> None:
     arguments = {"patch_features": PATCHES, "token_features": TOKENS, "token_mask": MASK, "logit_scale": 1.0}
     with pytest.raises(error, match=re.escape(message)):
-        fine_grained_loss(**arguments | changed)
+        IMPLEMENTATIONS[name](**arguments | changed)
 
 
 def test_similarities_without_a_patch_are_refused() -> None:
@@ -508,8 +412,3 @@ def float32_batch() -> Batch:
 def sample(batch: Batch, index: int) -> dict[str, Tensor]:
     """The tensors of one pair of the batch, as a batch of one."""
     return {name: value[index : index + 1] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-
-
-def test_a_logit_scale_of_several_elements_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"logit_scale has shape \[3\]; expected one element, 1/tau"):
-        lengths_batch([3, 2]).but(logit_scale=torch.ones(3)).loss()

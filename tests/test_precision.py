@@ -102,11 +102,25 @@ def test_tiny_and_huge_norms_are_right(name: str, dtype: torch.dtype, scale: flo
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [FEATURES, *((each,) for each in FEATURES)], ids=str)
+@pytest.mark.parametrize("scale", [1e-25, 1e-40])
+def test_vectors_whose_squares_vanish_in_float32_give_a_finite_loss(
+    name: str, features: tuple[str, ...], scale: float
+) -> None:
+    batch = random_batch(0, torch.float32)
+    tiny = batch.but(**{each: getattr(batch, each) * scale for each in features})
+    loss = IMPLEMENTATIONS[name](**vars(tiny))
+    assert loss.isfinite()
+    torch.testing.assert_close(loss, tiny.loss(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_does_not_reach_into_the_loss(name: str, dtype: torch.dtype, autocast: torch.dtype) -> None:
     batch, function = random_batch(0, dtype), IMPLEMENTATIONS[name]
     expected, found = loss_and_gradients(batch, function), loss_and_gradients(batch, function, autocast)
+    assert found[0].dtype == torch.promote_types(dtype, torch.float32)
     assert all(torch.equal(value, other) for value, other in zip(found, expected, strict=True))
 
 
