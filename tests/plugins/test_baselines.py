@@ -1,4 +1,4 @@
-"""The plug-ins of the baselines, called the way open_clip's training calls them."""
+"""The plug-ins of the baselines, and what holds of SPARC's too, called the way open_clip's training calls them."""
 
 import pytest
 from open_clip.loss import SigLipLoss
@@ -7,6 +7,7 @@ from plugin_arguments import parse
 from sparc_loss import losses
 from sparc_loss.plugins import discovery as plugin
 from sparc_loss.plugins.baselines import FILIP, FLAIR, GLORIA, MGCA, PACL
+from sparc_loss.plugins.sparc import SPARC
 
 PLUGINS = {
     "filip": (FILIP, losses.FilipLoss),
@@ -14,6 +15,7 @@ PLUGINS = {
     "gloria": (GLORIA, losses.GloriaLoss),
     "mgca": (MGCA, losses.MgcaLoss),
     "pacl": (PACL, losses.PaclLoss),
+    "sparc": (SPARC, losses.SparcLoss),
 }
 # What each adds to the flags that all have: flag, value, attribute.
 OWN = {

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from sparc_loss.plugins import discovery as plugin
-from sparc_loss.plugins.sparc import SPARC
 
 WORKING = "def add_arguments(parser): ...\ndef prepare_model(model, args): ...\ndef create_loss(args): ..."
 
@@ -30,10 +29,6 @@ def install(tmp_path, monkeypatch):
     yield install
     for module in installed:
         sys.modules.pop(module, None)
-
-
-def test_our_own_loss_is_registered():
-    assert plugin.load_loss("sparc") is SPARC
 
 
 def test_another_packages_loss_is_found_by_its_name(install):

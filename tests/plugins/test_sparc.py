@@ -9,17 +9,11 @@ import plugin_arguments
 import pytest
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 
-from sparc_loss import SparcLoss
 from sparc_loss.plugins.checks import check_accumulation
 from sparc_loss.plugins.recipes import flags_of
 from sparc_loss.plugins.sparc import SPARC
 
 parse = partial(plugin_arguments.parse, SPARC)
-
-
-def test_the_defaults_are_those_of_sparc_loss():
-    loss, expected = SPARC.create_loss(parse()), SparcLoss()
-    assert repr(loss) == repr(expected)
 
 
 def test_every_flag_reaches_the_loss():
@@ -139,11 +133,6 @@ def test_a_bad_value_is_one_error_naming_the_flag(flag, message, capsys):
     with pytest.raises(SystemExit):
         parse(flag)
     assert message in capsys.readouterr().err
-
-
-def test_prepare_model_surfaces_the_same_object(model):
-    assert SPARC.prepare_model(model, parse()) is model
-    assert hasattr(model, "encode_patches")
 
 
 def test_one_process_leaves_open_clips_flags_alone(model):
