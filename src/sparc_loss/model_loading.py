@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MODEL_SETTINGS = (
-    "model",
-    "siglip",
-    "force_quick_gelu",
-    "force_custom_text",
-    "force_naflex_vision",
-    "force_image_size",
-    "force_context_length",
-    "image_mean",
-    "image_std",
-    "image_interpolation",
-    "image_resize_mode",
-)
+_MODEL_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "siglip": bool,
+    "force_quick_gelu": bool,
+    "force_custom_text": bool,
+    "force_naflex_vision": bool,
+    "force_image_size": (int, list, tuple),
+    "force_context_length": int,
+    "image_mean": (list, tuple),
+    "image_std": (list, tuple),
+    "image_interpolation": str,
+    "image_resize_mode": str,
+}
+MODEL_SETTINGS = tuple(_MODEL_TYPES)
 """The arguments of open_clip_train that define the model, its tokenizer and its preprocessing for evaluation."""
 
 
@@ -294,17 +295,7 @@ def _read_params(prog: str, path: Path) -> dict[str, Any]:
 _RENAMED = {"sparc_scale": "sparc_fine_grained_scale"}
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "siglip": bool,
-    "force_quick_gelu": bool,
-    "force_custom_text": bool,
-    "force_naflex_vision": bool,
-    "force_image_size": (int, list, tuple),
-    "force_context_length": int,
-    "image_mean": (list, tuple),
-    "image_std": (list, tuple),
-    "image_interpolation": str,
-    "image_resize_mode": str,
+    **_MODEL_TYPES,
     "sparc_threshold": (int, float),
     "sparc_alignment": str,
     "sparc_fine_grained_scale": (int, float),
