@@ -15,6 +15,7 @@ from sparc_loss.functional import (
     Alignment,
     alignment_weights,
     available_negatives,
+    images_of_captions,
     language_grouped_embeddings,
     places_by_image,
     token_patch_similarity,
@@ -83,7 +84,9 @@ class CandidateLoss(SparcLoss):
 
     def _contrast(self, queries: Tensor, valid: Tensor, negatives: int, outputs: ModelOutputs) -> Tensor:
         number = available_negatives(negatives, len(queries))
-        images = self._nearest(outputs, number) if self.images == "most similar" else _next(number, queries)
+        images = images_of_captions(len(queries), 1 + number, queries.device)
+        if self.images == "most similar":
+            images = self._nearest(outputs, number)
         cosines = torch.stack(
             [self._cosines(queries, outputs.patch_features[each]) for each in images.unbind(dim=1)], dim=1
         )
@@ -116,9 +119,3 @@ class CandidateLoss(SparcLoss):
         own = torch.arange(len(similarity), device=similarity.device)
         others = similarity.index_put((own, own), similarity.new_tensor(-torch.inf)).topk(number).indices
         return torch.cat([own[:, None], others], dim=1)
-
-
-def _next(number: int, like: Tensor) -> Tensor:
-    """Each caption's own image and the next, [B, 1 + K]."""
-    place = torch.arange(len(like), device=like.device)
-    return (place[:, None] + torch.arange(number + 1, device=like.device)) % len(place)

@@ -345,8 +345,7 @@ def image_contrastive_loss(
     # Every image is used 1 + K times: sum its gradients before they are rounded to its dtype.
     patch_features, token_features = full_precision(patch_features), full_precision(token_features)
 
-    place = torch.arange(len(patch_features), device=patch_features.device)
-    images = (place[:, None] + torch.arange(images_per_caption, device=place.device)) % len(place)
+    images = images_of_captions(len(patch_features), images_per_caption, patch_features.device)
     scores = []
     for k, image in enumerate(images.unbind(dim=1)):
         patches, mask = patch_features[image], None if patch_mask is None else patch_mask[image]
@@ -367,6 +366,11 @@ def image_contrastive_loss(
         loss = (loss + by_image.logsumexp(dim=1) - by_image[:, 0]) / 2
     loss = loss.where(captions, 0)
     return loss.sum() / (captions.sum().clamp(min=1) if reduction == "token" else max(len(captions), 1))
+
+
+def images_of_captions(batch: int, images: int, device: torch.device) -> Tensor:
+    """The images that each caption is scored on, int64 [B, `images`]: its own, then the next ones of the batch."""
+    return (torch.arange(batch, device=device)[:, None] + torch.arange(images, device=device)) % max(batch, 1)
 
 
 def places_by_image(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,6 @@ from torch import Tensor
 from sparc_loss.functional import Direction, Reduction, places_by_image
 
 
-def images_of_captions(batch: int, images: int, device: torch.device) -> Tensor:
-    """The images that each caption is scored on, int64 [B, `images`]: its own, then the next ones of the batch."""
-    return (torch.arange(batch, device=device)[:, None] + torch.arange(images, device=device)) % max(batch, 1)
-
-
 def share_of_caption(captions: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor | float:
     """The share of each caption in the mean; `captions` [B] is False for those without a valid token."""
     if reduction == "token":

@@ -19,9 +19,9 @@ from einops import repeat
 from torch import Tensor
 
 from sparc_loss._arithmetic import autocast_disabled, full_precision_dtype
-from sparc_loss.functional import Direction
+from sparc_loss.functional import Direction, images_of_captions
 from sparc_loss.fused.alignment import unit_and_norm, weights_and_gradient
-from sparc_loss.fused.contrast import contrast, images_of_captions, share_of_caption
+from sparc_loss.fused.contrast import contrast, share_of_caption
 from sparc_loss.fused.function import Gradients
 from sparc_loss.fused.groups import Settings
 

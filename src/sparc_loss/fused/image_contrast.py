@@ -41,10 +41,11 @@ from sparc_loss.functional import (
     Direction,
     Reduction,
     available_negatives,
+    images_of_captions,
 )
 from sparc_loss.fused import highest_patch, highest_patch_by_image
 from sparc_loss.fused.alignment import unit_and_norm, usable_patches_of, weights_and_gradient
-from sparc_loss.fused.contrast import contrast, images_of_captions, share_of_caption
+from sparc_loss.fused.contrast import contrast, share_of_caption
 from sparc_loss.fused.function import Gradients, fused_loss
 from sparc_loss.fused.groups import Group, Settings, groups_of
 
