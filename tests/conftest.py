@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from launching import write_tiny_data
 
 torch.set_num_threads(1)
 
@@ -25,6 +26,14 @@ GOLDEN_CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json"
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny data set and model of `launching`."""
+    folder = tmp_path_factory.mktemp("training")
+    write_tiny_data(folder)
+    return folder
 
 
 @pytest.fixture(params=GOLDEN_CASES)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,6 +35,7 @@ COCA_CONFIG = {
 }
 SPARC = ("-m", "sparc_loss.train", "--loss", "sparc")
 STOCK = ("-m", "open_clip_train.main")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 TIMEOUT = 300
 
 
@@ -60,6 +62,18 @@ def write_model(folder: Path, config: dict) -> None:
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": {}}), encoding="utf-8"
     )
+
+
+def write_coca(folder: Path) -> None:
+    """A folder "coca" for `--model local-dir:` in this one, with weights, and the same model under a name."""
+    import open_clip  # takes seconds, and conftest.py imports this file
+
+    write_model(folder / "coca", COCA_CONFIG)
+    model = open_clip.CoCa(**{key: value for key, value in COCA_CONFIG.items() if key != "custom_text"})
+    # open_clip leaves this one to whatever the memory held.
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)
+    torch.save(model.state_dict(), folder / "coca" / "open_clip_pytorch_model.bin")
+    (folder / "tiny_coca.json").write_text(json.dumps(COCA_CONFIG), encoding="utf-8")
 
 
 def data_flags(folder: Path, *, name: str, epochs: int = 1) -> list[str]:
@@ -120,6 +134,14 @@ def logged_losses(log: str, term: str) -> list[float]:
     return [float(value) for value in re.findall(rf" {term}: ([\d.e+-]+|nan|inf) \(", log)]
 
 
+def assert_trained(log: str, *terms: str) -> None:
+    """Both terms of the loss, and those named here, were logged, finite and above zero."""
+    for term in ("Contrastive_loss", "Fine_grained_loss", *terms):
+        losses = logged_losses(log, term)
+        assert losses, log
+        assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
 def checkpoint_path(folder: Path, name: str, epoch: int = 1) -> Path:
     """Where a run wrote its checkpoint after an epoch."""
     return folder / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt"
@@ -128,3 +150,11 @@ def checkpoint_path(folder: Path, name: str, epoch: int = 1) -> Path:
 def checkpoint(folder: Path, name: str, epoch: int = 1) -> dict:
     """The checkpoint that a run wrote after an epoch."""
     return torch.load(checkpoint_path(folder, name, epoch), map_location="cpu", weights_only=True)
+
+
+def assert_same_weights(folder: Path, *names: str, epoch: int = 1) -> None:
+    """These runs wrote the same weights after an epoch, bit for bit."""
+    first, *others = (checkpoint(folder, name, epoch)["state_dict"] for name in names)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert [name for name in first if not torch.equal(first[name], other[name])] == []

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from baseline_outputs import FEATURES, random_outputs
-from launching import MODEL_CONFIG, checkpoint, checkpoint_path, run_python, train, write_tiny_data
+from launching import MODEL_CONFIG, checkpoint, checkpoint_path, run_python, train
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -120,13 +120,6 @@ def test_fused_and_eager_agree_on_what_a_surfaced_model_returns():
     texts = tokenizer([f"a photo of {number} red dogs" for number in range(8)]).cuda()
     output = model(torch.randn(8, 3, 224, 224, device="cuda"), texts)
     assert_close(SparcLoss(implementation="fused")(**output), SparcLoss(implementation="eager")(**output))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cuda")
-    write_tiny_data(folder)
-    return folder
 
 
 # Not fp16: without a loss scaler these few steps make NaN of the weights, in plain open_clip too.

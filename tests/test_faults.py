@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import SPARC, checkpoint, data_flags, logged_losses, run_python, train, write_tiny_data
+from launching import SPARC, checkpoint, data_flags, logged_losses, run_python, train
 
 pytestmark = pytest.mark.slow
 
@@ -20,9 +20,8 @@ EVERY_STEP = ("--log-every-n-steps", "1", "--lr-scheduler", "const")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    write_tiny_data(folder)
+def folder(folder: Path) -> Path:
+    """The tiny data, and four times as many pairs in long.csv."""
     lines = (folder / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "long.csv").write_text("".join([lines[0], *lines[1:] * 4]), encoding="utf-8")
     return folder

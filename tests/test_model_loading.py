@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from launching import MODEL_CONFIG, checkpoint_path, train, write_tiny_data
+from launching import MODEL_CONFIG, checkpoint_path, train
 from PIL import Image
 
 from sparc_loss import cli
@@ -36,10 +36,8 @@ CAPTION = ["a very long red scene, number one of them all!"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(folder: Path) -> Path:
     """Tiny data with validation images that are not square, and a run that was trained with every setting."""
-    folder = tmp_path_factory.mktemp("loading")
-    write_tiny_data(folder)
     generator = np.random.default_rng(1)
     for index in range(8):
         pixels = generator.integers(0, 255, (48, 40, 3), dtype=np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from launching import MODEL_CONFIG, SPARC, STOCK, run_python, train, write_model, write_tiny_data
+from launching import MODEL_CONFIG, SPARC, STOCK, run_python, train, write_model
 from PIL import Image
 
 from sparc_loss import cli
@@ -21,10 +21,8 @@ CLASSES = ("red", "green", "blue", "yellow")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(folder):
     """Tiny data with all columns, and a local-dir folder without weights."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    write_tiny_data(folder)
     lines = (folder / "val.csv").read_text(encoding="utf-8").splitlines()
     annotated = [lines[0] + "\tboxes\tmask\tlabel\thard_negative"]
     for index, line in enumerate(lines[1:]):

@@ -5,16 +5,9 @@ from argparse import Namespace
 import open_clip
 import pytest
 import torch
-from launching import MODEL_CONFIG, write_tiny_data
+from launching import MODEL_CONFIG
 
 from sparc_loss import surface_embeddings
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    write_tiny_data(folder)
-    return folder
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import torch
 from launching import (
     MODEL_CONFIG,
     SPARC,
+    TORCHRUN,
     checkpoint_path,
     data_flags,
     logged_losses,
     run_python,
     train,
     write_model,
-    write_tiny_data,
 )
 from loading import assert_loads_without_sparc_loss
 from major_version import only_open_clip_4
@@ -172,10 +172,8 @@ def test_accumulating_batches_of_varying_sizes_is_refused(args: dict, varying: s
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(folder):
     """The tiny data set, of images whose sides differ, so that batches have padding."""
-    folder = tmp_path_factory.mktemp("naflex")
-    write_tiny_data(folder)
     generator = np.random.default_rng(1)
     with open(folder / "train.csv", encoding="utf-8", newline="") as file:
         paths = [row["filepath"] for row in csv.DictReader(file, delimiter="\t")]
@@ -195,7 +193,6 @@ NAFLEX = (
     "640",
 )
 VARYING = (*NAFLEX, "--naflex-seq-lens", "16", "26", "--naflex-max-tokens-per-batch", "208")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
 def assert_trained(log: str) -> None:

@@ -1,10 +1,19 @@
 """`python -m sparc_loss.train` with open_clip 4, as real processes: what test_train.py, run with it too, has not."""
 
-import math
-
 import pytest
 import torch
-from launching import SPARC, checkpoint, checkpoint_path, data_flags, logged_losses, run_python, train, write_tiny_data
+from launching import (
+    SPARC,
+    TORCHRUN,
+    assert_same_weights,
+    assert_trained,
+    checkpoint,
+    checkpoint_path,
+    data_flags,
+    logged_losses,
+    run_python,
+    train,
+)
 from loading import assert_loads_without_sparc_loss
 from major_version import only_open_clip_4
 
@@ -12,22 +21,7 @@ from sparc_loss.diagnostics import NAMES
 
 pytestmark = only_open_clip_4
 LAUNCHER = ("-m", "sparc_loss.train", "--loss")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 ALL_AT_ONCE = ("--precision", "amp_bf16", "--accum-freq", "2", "--grad-checkpointing")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    write_tiny_data(folder)
-    return folder
-
-
-def assert_trained(log: str, *terms: str) -> None:
-    for term in ("Contrastive_loss", "Fine_grained_loss", *terms):
-        losses = logged_losses(log, term)
-        assert losses, log
-        assert all(math.isfinite(loss) and loss > 0 for loss in losses)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +94,7 @@ def test_metrics_are_logged_beside_the_loss_and_are_no_part_of_it(folder):
 
     without = train(folder, *flags, "--no-sparc-metrics", name="unmeasured")
     assert not any(logged_losses(without, name.capitalize()) for name in NAMES)
-    one, other = (checkpoint(folder, name)["state_dict"] for name in ("measured", "unmeasured"))
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert_same_weights(folder, "measured", "unmeasured")
 
 
 @pytest.mark.parametrize(
