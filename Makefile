@@ -6,7 +6,7 @@ STAMP  := $(VENV)/installed
 # The lower ends of the ranges in pyproject.toml. Best with the oldest Python too: make test-oldest PYTHON=python3.10
 OLDEST := torch==2.6.0 torchvision==0.21.0 open_clip_torch[training]==3.0.0 einops==0.8.0
 # What of the tests meets open_clip; its main branch changes nothing for the others.
-MAIN_TESTS := $(addprefix tests/,open_clip_4 plugins hooks monitoring embeddings losses regions show test_train.py test_train_baselines.py test_train_regions.py test_diagnostics.py)
+MAIN_TESTS := $(addprefix tests/,open_clip_4 plugins hooks monitoring embeddings losses regions show test_train.py test_train_baselines.py test_train_regions.py test_patches.py test_diagnostics.py)
 
 .PHONY: help install train study downstream quick test test-all test-oldest test-main open-clip-checkout fuzz bench docs lint clean
 

@@ -1,39 +1,41 @@
-"""patches/open_clip-3.3.0.patch on a copy of the installed open_clip, by the commands of patches/README.md."""
+"""patches/ on a copy of the open_clip that runs the tests, by the commands of patches/README.md."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import open_clip
 import pytest
-import torch
-from launching import SPARC, STOCK, checkpoint, logged_losses, run_python, train, write_tiny_data
+from launching import SPARC, STOCK, assert_same_weights, logged_losses, run_python, train, write_coca
+from major_version import MAJOR_VERSION
 
 from sparc_loss.open_clip_versions import TESTED
 
 PATCHES = Path(__file__).parent.parent / "patches"
+PRISTINE = Path(open_clip.__file__).parents[1]
+# The part of the README, the packages that its patch changes, and the models that are trained with it.
+HEADING, PACKAGES, MODELS = {
+    3: ("## open_clip_torch 3.3.0 installed by pip", ("open_clip_train",), ("model",)),
+    4: ("## open_clip's main branch, installed by pip", ("open_clip", "open_clip_train"), ("model", "coca")),
+}[MAJOR_VERSION]
 
 pytestmark = [pytest.mark.skipif(shutil.which("git") is None, reason="git applies the patch"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("patched")
-    write_tiny_data(folder)
+def folder(folder):
+    """The tiny data, with a CoCa beside its model."""
+    write_coca(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def pristine():
-    return Path(importlib.util.find_spec("open_clip_train").origin).parent
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory, pristine):
-    """A folder with a patched copy of open_clip_train, to stand first on sys.path."""
+def site(tmp_path_factory):
+    """A folder with a patched copy of the packages, to stand first on sys.path."""
     site = tmp_path_factory.mktemp("site")
-    shutil.copytree(pristine, site / "open_clip_train", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in PACKAGES:
+        shutil.copytree(PRISTINE / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
     run_readme_commands(site, "Apply (all or nothing):")
     return site
 
@@ -41,7 +43,7 @@ def site(tmp_path_factory, pristine):
 def run_readme_commands(site: Path, heading: str) -> None:
     """Run the shell block under `heading` after the block that makes PATCH, on `site`."""
     readme = (PATCHES / "README.md").read_text(encoding="utf-8")
-    readme = readme[readme.index("## open_clip_torch 3.3.0 installed by pip") :]
+    readme = readme[readme.index(HEADING) :]
     prepare = re.search(r"```bash\n(PATCH=\$\(mktemp\)\n.*?)^SITE=.*?```", readme, re.DOTALL | re.MULTILINE).group(1)
     command = re.search(re.escape(heading) + r"\n```bash\n(.*?)```", readme, re.DOTALL).group(1)
     script = f"set -e\n{prepare}SITE={site}\n{command}"
@@ -53,25 +55,22 @@ def on_path(site: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(site)}
 
 
-def test_the_patch_and_the_launcher_train_the_same_weights(folder, site):
-    log = train(folder, "--loss", "sparc", name="by-patch", launcher=STOCK, env=on_path(site))
+@pytest.mark.parametrize("model", MODELS)
+def test_the_patch_and_the_launcher_train_the_same_weights(folder, site, model):
+    flags = ("--model", f"local-dir:{folder / model}", "--loss", "sparc", "--sparc-fine-grained-weight", "2")
+    names = [f"{model}-{by}" for by in ("by-patch", "by-launcher", "by-launcher-on-patched")]
+    log = train(folder, *flags, name=names[0], launcher=STOCK, env=on_path(site))
     assert len(logged_losses(log, "Fine_grained_loss")) > 1
-    train(folder, name="by-launcher", launcher=SPARC)
-    train(folder, name="by-launcher-on-patched", launcher=SPARC, env=on_path(site))
-    expected = checkpoint(folder, "by-launcher")["state_dict"]
-    for name in ("by-patch", "by-launcher-on-patched"):
-        weights = checkpoint(folder, name)["state_dict"]
-        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    train(folder, *flags, name=names[1], launcher=SPARC)
+    train(folder, *flags, name=names[2], launcher=SPARC, env=on_path(site))
+    assert_same_weights(folder, *names)
 
 
 def test_loss_clip_and_no_flag_train_as_the_stock_open_clip(folder, site):
     train(folder, name="stock", launcher=STOCK)
     train(folder, name="no-flag", launcher=STOCK, env=on_path(site))
     train(folder, "--loss", "clip", name="clip", launcher=STOCK, env=on_path(site))
-    expected = checkpoint(folder, "stock")["state_dict"]
-    for name in ("no-flag", "clip"):
-        weights = checkpoint(folder, name)["state_dict"]
-        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert_same_weights(folder, "stock", "no-flag", "clip")
 
 
 def test_the_check_that_the_patch_is_in_tells_the_two_apart(site):
@@ -82,13 +81,13 @@ def test_the_check_that_the_patch_is_in_tells_the_two_apart(site):
     assert (stock.returncode, stock.stdout.strip()) == (0, "")
 
 
-def test_reverting_leaves_open_clip_as_it_was(site, pristine, tmp_path):
+def test_reverting_leaves_open_clip_as_it_was(site, tmp_path):
     shutil.copytree(site, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     run_readme_commands(tmp_path, "Revert:")
-    reverted = tmp_path / "open_clip_train"
-    files = sorted(path.relative_to(pristine) for path in pristine.rglob("*.py"))
-    assert sorted(path.relative_to(reverted) for path in reverted.rglob("*.py")) == files
-    assert all((reverted / file).read_bytes() == (pristine / file).read_bytes() for file in files)
+    for package in PACKAGES:
+        files = sorted(path.relative_to(PRISTINE) for path in (PRISTINE / package).rglob("*.py"))
+        assert sorted(path.relative_to(tmp_path) for path in (tmp_path / package).rglob("*.py")) == files
+        assert all((tmp_path / file).read_bytes() == (PRISTINE / file).read_bytes() for file in files)
 
 
 def test_the_patch_is_for_the_newest_release_we_claim():
