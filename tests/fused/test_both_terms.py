@@ -261,7 +261,7 @@ def test_sparc_loss_takes(term: str, implementation: str, taken: bool) -> None:
     ("changed", "message"),
     [
         ({"chunk_bytes": 0}, "chunk_bytes is 0; expected a number of at least 1"),
-        ({"patch_features": torch.zeros(2, 0, 5)}, "patch_features has shape [2, 0, 5]; expected at least one patch"),
+        ({"patch_features": torch.zeros(2, 0, 5)}, "patch_features has P = 0 in shape [2, 0, 5]; expected at least 1"),
     ],
     ids=["chunk_bytes", "patch_features"],
 )

@@ -110,7 +110,7 @@ def test_the_global_loss_is_what_open_clip_makes_of_the_flags(flags, global_loss
         ("--sparc-fine-grained-scale=0", "argument --sparc-fine-grained-scale: '0' given; expected a number above 0"),
         (
             "--sparc-fine-grained-scale=nan",
-            "argument --sparc-fine-grained-scale: 'nan' given; expected a finite number of at least 0",
+            "argument --sparc-fine-grained-scale: 'nan' given; expected a finite number above 0",
         ),
         ("--sparc-alignment=hard", "argument --sparc-alignment: invalid choice: 'hard'"),
         ("--sparc-reduction=mean", "argument --sparc-reduction: invalid choice: 'mean'"),
