@@ -126,6 +126,7 @@ def test_the_table_of_models_is_open_clips_list(tower: str, family: Callable[[di
         ("The recipe", "recipe"),
         ("What was tried on the way", "candidates"),
         ("A second world", "emoji"),
+        ("A tenth of the weights", "tenth"),
         ("Larger, on a GPU", "gpu"),
         ("Downstream", "downstream"),
     ],
