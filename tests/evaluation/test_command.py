@@ -266,7 +266,7 @@ def test_an_image_that_cannot_be_read_is_refused_and_an_earlier_output_kept(fold
         ("output", ".", "argument --output: '.' is a folder; expected a file"),
         ("protocol", "sclip", "argument --protocol: given with --data; it is for --suite only"),
         ("background-threshold", 0.1, "argument --background-threshold: given, but "),
-        ("device", "gpu", "cannot be loaded: RuntimeError: "),
+        ("device", "gpu", "argument --device: 'gpu' cannot be used ("),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(folder, weights, capsys, flag, value, message):

@@ -180,7 +180,7 @@ def test_validation_data_that_cannot_be_read_fails_before_training(args, monkeyp
     monkeypatch.setattr(open_clip_main.train_one_epoch, "__wrapped__", None, raising=False)
     (tmp_path / "val.csv").write_text("filepath\ttitle\nnone.png\ta dog\n", encoding="utf-8")
     args.val_data = str(tmp_path / "val.csv")
-    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+    with pytest.raises(ValueError, match=r"--val-data: none\.png cannot be read"):
         show_every.check_run(args)
 
 

@@ -1,6 +1,7 @@
 """Batches of images, read and preprocessed by worker processes whose failures become one line of error."""
 
 import multiprocessing.queues
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,11 +198,15 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _send_errors(_: int) -> None:
-    """In a worker: send the error if a batch cannot be sent. Python would drop it, and the command would wait."""
+    """In a worker: send the error if a batch cannot be sent. Python would drop it, and the command would wait.
+
+    The thread that hands batches over says nothing when the command ends meanwhile; it would print a traceback.
+    """
 
     def send(queue: multiprocessing.queues.Queue, error: Exception, item: tuple[int, Any]) -> None:
         queue.put((item[0], unreadable(error)))
 
+    sys.excepthook = lambda *_: None
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", send)  # noqa: B010 (untyped)
 
 
