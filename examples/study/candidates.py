@@ -84,9 +84,10 @@ class CandidateLoss(SparcLoss):
 
     def _contrast(self, queries: Tensor, valid: Tensor, negatives: int, outputs: ModelOutputs) -> Tensor:
         number = available_negatives(negatives, len(queries))
-        images = images_of_captions(len(queries), 1 + number, queries.device)
         if self.images == "most similar":
             images = self._nearest(outputs, number)
+        else:
+            images = images_of_captions(len(queries), 1 + number, queries.device)
         cosines = torch.stack(
             [self._cosines(queries, outputs.patch_features[each]) for each in images.unbind(dim=1)], dim=1
         )

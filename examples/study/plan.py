@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any, Literal
 
+from sparc_loss.plugins.recipes import RECIPES
+
 Start = Literal["scratch", "warm"]
 Pooling = Literal["mean", "last"]
 
@@ -93,9 +95,7 @@ RECIPE_VARIANTS = {
     "SPARC + 3, highest patches, weight 1": Variant(
         "sparc", {"fine_grained_weight": 1.0, "image_negatives": 3, **_HIGHEST}
     ),
-    "SPARC + 3, highest patches, a tenth": Variant(
-        "sparc", {"fine_grained_weight": 0.03, "image_negatives": 3, "image_contrastive_weight": 0.1, **_HIGHEST}
-    ),
+    "SPARC + 3, highest patches, a tenth": Variant("sparc", RECIPES["highest-patches-light"]),
     "SPARC + 3, softmax over patches": Variant(
         "sparc", {"image_negatives": 3, **_HIGHEST, "contrast_alignment": "softmax"}, cure="candidate"
     ),

@@ -27,15 +27,14 @@ if TYPE_CHECKING:
 
 PROG = "sparc-loss evaluate"
 LOSS_SETTINGS = ("sparc_threshold", "sparc_alignment", "sparc_fine_grained_scale", "sparc_tokens")
-OF_DATA = {
-    "csv_separator": None,
-    "csv_img_key": "filepath",
-    "csv_caption_key": "title",
-    "sparc_threshold": None,
-    "sparc_alignment": None,
-    "sparc_fine_grained_scale": None,
-}
-"""Flags for --data alone, and their defaults."""
+OF_DATA = (  # flags for --data alone
+    "csv_separator",
+    "csv_img_key",
+    "csv_caption_key",
+    "sparc_threshold",
+    "sparc_alignment",
+    "sparc_fine_grained_scale",
+)
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 
 
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(list_of_suites(), end="")
         return 0
     try:
-        _check(args)
+        _check(parser, args)
         complete_from_run(PROG, args, LOSS_SETTINGS)
         templates = _templates(args.templates) if args.templates else None
         (_evaluate_suites if args.suite else _evaluate_csv)(args, templates)
@@ -280,7 +279,7 @@ def _add_suite_flags(parser: ArgumentParser) -> None:
     add("--classes-offered", choices=OFFERED, help="to each image: all classes, or those present in its mask")
 
 
-def _check(args: Namespace) -> None:
+def _check(parser: ArgumentParser, args: Namespace) -> None:
     """Raise ValueError for flags that disagree, numbers out of range and a place where nothing can be written."""
     flags = vars(args)
     if (args.data is None) == (args.suite is None):
@@ -291,8 +290,8 @@ def _check(args: Namespace) -> None:
     for name in ("data_root", "limit", "protocol", "skip_missing", *PROTOCOL_FIELDS):
         if args.data and name not in ("reading", "background_threshold") and flags[name] not in (None, False):
             raise ValueError(f"argument --{name.replace('_', '-')}: given with --data; it is for --suite only")
-    for name, default in OF_DATA.items():
-        if args.suite and flags[name] != default:
+    for name in OF_DATA:
+        if args.suite and flags[name] != parser.get_default(name):
             raise ValueError(f"argument --{name.replace('_', '-')}: given with --suite; it is for --data only")
     for name, minimum, maximum in (
         ("batch_size", 1, float("inf")),

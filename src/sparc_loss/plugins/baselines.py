@@ -3,7 +3,6 @@
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -19,9 +18,10 @@ from sparc_loss.plugins.objective_plugin import ObjectivePlugin
 class LearnedHeadsPlugin(ObjectivePlugin):
     """A baseline that also adds its learned heads to the model."""
 
-    def __init__(self, name: str, *arguments: Any, **named: Any) -> None:
-        super().__init__(name, *arguments, **named)
-        self.heads = f"{name}_heads"
+    @property
+    def heads(self) -> str:
+        """As `ObjectivePlugin.heads`."""
+        return f"{self.name}_heads"
 
     def check_args(self, args: Namespace) -> None:
         """As `ObjectivePlugin.check_args`.
@@ -38,9 +38,7 @@ class LearnedHeadsPlugin(ObjectivePlugin):
 
     def prepare_model(self, model: nn.Module, args: Namespace) -> nn.Module:
         """As `ObjectivePlugin.prepare_model`, and add the submodule `NAME_heads`."""
-        prepared: nn.Module = add_heads(
-            super().prepare_model(model, args), f"{self.name}_heads", self.make_heads(args)
-        )
+        prepared: nn.Module = add_heads(super().prepare_model(model, args), self.heads, self.make_heads(args))
         return prepared
 
     def make_heads(self, args: Namespace) -> Callable[[int], nn.Module]:

@@ -19,9 +19,6 @@ from sparc_loss.plugins.flags import Flag, add_old_flag, number_of_at_least_0
 class ObjectivePlugin:
     """The contract of `sparc_loss.plugins.contract` for one objective.
 
-    Attributes:
-        heads: name of the submodule that the objective adds to the model; None if it adds none.
-
     Args:
         name: of the loss on the command line, and the prefix of its flags.
         title: heading of its flags in the help.
@@ -29,8 +26,6 @@ class ObjectivePlugin:
         loss: its class.
         flags: its own flags, beside those of every objective.
     """
-
-    heads: str | None = None
 
     def __init__(
         self, name: str, title: str, description: str, loss: type[Objective], flags: Sequence[Flag] = ()
@@ -50,6 +45,11 @@ class ObjectivePlugin:
                 check=check_positive,
             ),
         )
+
+    @property
+    def heads(self) -> str | None:
+        """Name of the submodule that the objective adds to the model; None if it adds none."""
+        return None
 
     def add_arguments(self, parser: ArgumentParser) -> Any:
         """Add the `--NAME-*` flags in a group of their own, and return the group."""
