@@ -25,7 +25,7 @@ from sparc_loss.losses.outputs import ModelOutputs
 Queries = Literal["words", "captions", "both"]
 Choice = Literal["softmax", "sigmoid", "sigmoid with a bias", "softmax of each word"]
 Images = Literal["next", "most similar"]
-Growth = Literal["none", "weight", "images"]
+Schedule = Literal["constant", "weight grows", "images grow", "weights fall"]
 
 # Images with which a whole caption is contrasted: one query costs what a word costs, and captions have 6 to 25.
 CAPTION_NEGATIVES = 16
@@ -44,7 +44,8 @@ class CandidateLoss(SparcLoss):
             to image.
         contrast_alignment: of the contrast, see `alignment_weights`.
         contrast_scale: 1/temperature of the contrast; None is the model's.
-        growth: what grows linearly with `progress`: nothing, the contrast's weight from 0, or K from 1.
+        schedule: what changes linearly with `progress`: nothing; the contrast's weight grows from 0; K grows from 1;
+            or both weights fall to a tenth.
         settings: of `SparcLoss`.
     """
 
@@ -55,7 +56,7 @@ class CandidateLoss(SparcLoss):
         images: Images = "next",
         contrast_alignment: Alignment = "sparse",
         contrast_scale: float | None = None,
-        growth: Growth = "none",
+        schedule: Schedule = "constant",
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
@@ -64,14 +65,18 @@ class CandidateLoss(SparcLoss):
         self.images = images
         self.contrast_alignment = contrast_alignment
         self.contrast_scale = contrast_scale
-        self.growth = growth
+        self.schedule = schedule
         self.bias = nn.Parameter(torch.tensor(-math.log(self.image_negatives))) if choice.endswith("bias") else None
         self.progress = 1.0  # share of the steps that are done; the training loop sets it
 
+    def fine_grained_term(self, outputs: ModelOutputs) -> Tensor:
+        return self._fallen() * super().fine_grained_term(outputs)
+
     def further_terms(self, outputs: ModelOutputs) -> dict[str, Tensor]:
-        weight = self.image_contrastive_weight * (self.progress if self.growth == "weight" else 1.0)
+        grown = self.progress if self.schedule == "weight grows" else 1.0
+        weight = grown * self._fallen() * self.image_contrastive_weight
         negatives = self.image_negatives
-        if self.growth == "images":
+        if self.schedule == "images grow":
             negatives = 1 + round(self.progress * (negatives - 1))
         loss = outputs.patch_features.new_zeros(())
         if self.queries in ("words", "both"):
@@ -81,6 +86,10 @@ class CandidateLoss(SparcLoss):
             valid = torch.ones(captions.shape[:2], dtype=torch.bool, device=captions.device)
             loss = loss + self._contrast(captions, valid, CAPTION_NEGATIVES, outputs)
         return {"image_contrastive_loss": weight * loss}
+
+    def _fallen(self) -> float:
+        """The share of both weights that is left."""
+        return 1 - 0.9 * self.progress if self.schedule == "weights fall" else 1.0
 
     def _contrast(self, queries: Tensor, valid: Tensor, negatives: int, outputs: ModelOutputs) -> Tensor:
         number = available_negatives(negatives, len(queries))

@@ -259,8 +259,12 @@ class TestCures:
                 lambda words, scores: mean(map(sigmoid_loss, scores - scores.mean() - math.log(2))),
             ),
             ({"contrast_scale": 30.0}, lambda words, scores: mean(-softmax(3 * one)[0].log() for one in scores)),
-            ({"growth": "weight"}, lambda words, scores: mean(-softmax(one)[0].log() for one in scores) / 4),
-            ({"growth": "images"}, lambda words, scores: mean(-softmax(one[:2])[0].log() for one in scores)),
+            ({"schedule": "weight grows"}, lambda words, scores: mean(-softmax(one)[0].log() for one in scores) / 4),
+            ({"schedule": "images grow"}, lambda words, scores: mean(-softmax(one[:2])[0].log() for one in scores)),
+            (
+                {"schedule": "weights fall"},
+                lambda words, scores: (1 - 0.9 / 4) * mean(-softmax(one)[0].log() for one in scores),
+            ),
         ],
     )
     def test_a_candidate_differs_in_one_respect(self, change, expected, outputs):
@@ -278,6 +282,13 @@ class TestCures:
             words += [*(10 * each)]
             scores.append(10 * each.mean(dim=0))
         torch.testing.assert_close(loss(**outputs), expected(words, torch.stack(scores)))
+
+    def test_both_weights_fall_to_a_tenth(self, outputs):
+        settings = {"global_weight": 0, "image_negatives": 2}
+        falling, full = CandidateLoss(schedule="weights fall", **settings), SparcLoss(**settings)
+        for progress, share in ((0, 1), (0.5, 0.55), (1, 0.1)):
+            falling.progress = progress
+            torch.testing.assert_close(falling(**outputs), share * full(**outputs))
 
     def test_the_most_similar_images_are_those_of_the_global_embeddings(self, outputs):
         outputs["image_features"] = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])

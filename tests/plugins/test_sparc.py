@@ -49,9 +49,14 @@ def test_a_recipe_is_the_flags_that_it_stands_for():
     assert of_loss(*flags.split()) == HIGHEST_PATCHES
 
 
-def test_the_light_recipe_has_a_tenth_of_the_weights():
-    names = (*HIGHEST_PATCHES, "image_contrastive_weight")
-    light = {**HIGHEST_PATCHES, "fine_grained_weight": 0.03, "image_contrastive_weight": 0.1}
+def test_the_light_recipe_has_a_tenth_of_the_weights_and_a_temperature_of_its_own():
+    names = (*HIGHEST_PATCHES, "image_contrastive_weight", "fine_grained_scale")
+    light = {
+        **HIGHEST_PATCHES,
+        "fine_grained_weight": 0.03,
+        "fine_grained_scale": 10,
+        "image_contrastive_weight": 0.1,
+    }
     assert of_loss("--sparc-recipe", "highest-patches-light", names=names) == light
     assert of_loss("--sparc-recipe", "highest-patches", names=names)["image_contrastive_weight"] == 1
 

@@ -13,7 +13,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     # docs/study.md, "The recipe": from scratch, five seeds, a few kinds of objects.
     "highest-patches": {"fine_grained_weight": 0.3, **_HIGHEST_PATCHES},
     # docs/study.md, "A tenth of the weights": from scratch, five seeds, hundreds of kinds.
-    "highest-patches-light": {"fine_grained_weight": 0.03, "image_contrastive_weight": 0.1, **_HIGHEST_PATCHES},
+    "highest-patches-light": {
+        "fine_grained_weight": 0.03,
+        "fine_grained_scale": 10.0,
+        "image_contrastive_weight": 0.1,
+        **_HIGHEST_PATCHES,
+    },
 }
 
 
