@@ -368,7 +368,7 @@ def draw(results: dict, path: Path) -> None:
     axes[0, 1].set(title="Peak memory of forward and backward", ylabel="MiB")
     for axis in axes[0]:
         axis.set_xticks(range(len(blocks)), list(blocks))
-        axis.legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize="small", ncols=5, loc="outside upper center")
 
     *steps, model = results["table11"]
     baselines = [row for row in steps if row["objective"] != "CLIP"]
@@ -401,7 +401,7 @@ def draw(results: dict, path: Path) -> None:
     axes[1, 1].set_xscale("log", base=2)
     axes[1, 1].legend(fontsize="small")
     about = results["machine"]
-    figure.suptitle(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}", fontsize="small")
+    figure.supxlabel(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}", fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
