@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -237,7 +238,13 @@ def _parser() -> ArgumentParser:
     )
     add("--reading", choices=READINGS, help="what a ViT's last block gives as patches (default: last)")
     add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
-    add("--workers", type=int, default=4, metavar="N", help="processes that read images (default: %(default)s)")
+    add(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),  # PyTorch warns of more processes than cores
+        metavar="N",
+        help="processes that read images (default: one per core, at most 4)",
+    )
     add("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     add(
