@@ -127,6 +127,7 @@ def test_the_table_of_models_is_open_clips_list(tower: str, family: Callable[[di
         ("What was tried on the way", "candidates"),
         ("A second world", "emoji"),
         ("A tenth of the weights", "tenth"),
+        ("The objectives in the second world", "emoji-objectives"),
         ("Larger, on a GPU", "gpu"),
         ("Downstream", "downstream"),
     ],
